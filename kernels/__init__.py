@@ -1,0 +1,1 @@
+"""The Triton kernels. They import only triton and know nothing of JAX."""

@@ -1,0 +1,81 @@
+"""Loads, stores and products of tiles whose width is cut into power-of-two parts.
+
+Triton tiles have power-of-two sides. A head width such as 192 is therefore held as a tuple of tiles, here of widths
+(128, 64): `PARTS` lists those widths, one or two, `D` is the true width, and columns beyond `D` read as zero and are never
+written.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, offset, mask, D: tl.constexpr, PARTS: tl.constexpr):
+    """Rows at base + offset [M] as a tuple of [M, PARTS[i]] tiles; masked rows read as zero.
+
+    A 64-bit scalar base with 32-bit offsets keeps the address arithmetic of a loop down to one addition.
+    """
+    tiles = ()
+    for i in tl.static_range(len(PARTS)):
+        column = i * PARTS[0] + tl.arange(0, PARTS[i])
+        pointer = base + (offset[:, None] + column[None, :])
+        if i * PARTS[0] + PARTS[i] <= D:  # a running sum here would make this a branch at run time
+            tile = tl.load(pointer, mask=mask[:, None], other=0.0)
+        else:
+            tile = tl.load(pointer, mask=mask[:, None] & (column < D)[None, :], other=0.0)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def store_rows(base, offset, tiles, mask, D: tl.constexpr, PARTS: tl.constexpr):
+    """Writes a tuple of [M, PARTS[i]] tiles to the rows at base + offset [M], in the buffer's dtype."""
+    for i in tl.static_range(len(PARTS)):
+        column = i * PARTS[0] + tl.arange(0, PARTS[i])
+        value = tiles[i].to(base.dtype.element_ty)
+        tl.store(base + (offset[:, None] + column[None, :]), value, mask=mask[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def zeros(M: tl.constexpr, PARTS: tl.constexpr):
+    """A tuple of float32 [M, PARTS[i]] accumulators."""
+    tiles = ()
+    for i in tl.static_range(len(PARTS)):
+        tiles = tiles + (tl.zeros([M, PARTS[i]], dtype=tl.float32),)
+    return tiles
+
+
+@triton.jit
+def scaled(tiles, factor, PARTS: tl.constexpr):
+    """Each tile times `factor` (a scalar, or [M, 1])."""
+    products = ()
+    for i in tl.static_range(len(PARTS)):
+        products = products + (tiles[i] * factor,)
+    return products
+
+
+@triton.jit
+def added(a, b, PARTS: tl.constexpr):
+    """a + b, tile by tile."""
+    sums = ()
+    for i in tl.static_range(len(PARTS)):
+        sums = sums + (a[i] + b[i],)
+    return sums
+
+
+@triton.jit
+def inner(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over the width: [M, D], [N, D] -> float32 [M, N]."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(PARTS)):
+        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def accumulate(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + a b: [M, D] + [M, N] [N, D]; `a` is rounded to the dtype of `b`."""
+    tiles = ()
+    for i in tl.static_range(len(PARTS)):
+        tiles = tiles + (tl.dot(a.to(b[i].dtype), b[i], sums[i], input_precision=PRECISION),)
+    return tiles

@@ -1,0 +1,43 @@
+"""The blocks that a tile of neighbouring tokens walks: each one once, in ascending order, with the tokens that chose it."""
+
+import triton
+import triton.language as tl
+
+NOWHERE = tl.constexpr(2**31 - 1)  # stands for "no block"
+
+
+@triton.jit
+def walk(
+    first_keys, begins, members, counts,
+    T: tl.constexpr, H: tl.constexpr, S: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr,
+    TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr,
+):  # fmt: skip
+    """From first_keys [B, T, H, S], the first key of every chosen block (or NOWHERE) in any order and with repeats, to
+    begins [B, H, TILES, TOKENS * S], ascending and without repeats, NOWHERE after the counts [B, H, TILES] real ones;
+    bit i of members tells whether the tile's i-th token chose the block. A program does UNITS tiles of TOKENS tokens."""
+    groups: tl.constexpr = (TILES + UNITS - 1) // UNITS
+    program = tl.program_id(0)
+    head = program // groups % H
+    row = (program // (groups * H)).to(tl.int64)
+    tile = program % groups * UNITS + tl.arange(0, UNITS)  # [UNITS]
+    local = tl.arange(0, TOKENS_SIDE)  # [TOKENS_SIDE]
+    entry = tl.arange(0, S_SIDE)  # [S_SIDE]
+    token = tile[:, None] * TOKENS + local[None, :]
+    inside = (local < TOKENS)[None, :] & (token < T)
+    chosen = tl.load(
+        first_keys + ((row * T + token) * H + head)[:, :, None] * S + entry[None, None, :],
+        mask=inside[:, :, None] & (entry < S)[None, None, :],
+        other=NOWHERE,
+    )  # [UNITS, TOKENS_SIDE, S_SIDE]
+
+    target = ((row * H + head) * TILES + tile) * (TOKENS * S)
+    count = tl.zeros([UNITS], dtype=tl.int32)
+    begin = tl.full([UNITS], -1, dtype=tl.int32)
+    for i in range(TOKENS * S):
+        later = tl.where(chosen > begin[:, None, None], chosen, NOWHERE)
+        begin = tl.min(tl.min(later, 2), 1)
+        chose = tl.max((chosen == begin[:, None, None]).to(tl.int32), 2)  # [UNITS, TOKENS_SIDE]
+        tl.store(begins + target + i, begin, mask=tile < TILES)
+        tl.store(members + target + i, tl.sum(chose << local[None, :], 1), mask=tile < TILES)
+        count += (begin < NOWHERE).to(tl.int32)
+    tl.store(counts + (row * H + head) * TILES + tile, count, mask=tile < TILES)

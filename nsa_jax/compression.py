@@ -1,0 +1,117 @@
+"""Compression windows of keys and values, and their default map, the mean.
+
+No gradient here is a scatter-add, whose order, and so whose bits, XLA leaves open on a GPU. Letters as in the package
+docstring; C = T // stride window slots. Source: Yuan et al. 2025, arXiv 2502.11089, equation 7.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import checks, segments
+from nsa_jax.launch import vary_together
+
+Array = jax.Array
+
+
+def compress(x: Array, *, window: int, stride: int, segment_ids: Array | None = None) -> Array:
+    """The mean over each complete window, computed in float32.
+
+    Args:
+        x: [B, T, H, D], keys or values.
+        window: tokens in a window.
+        stride: tokens from the start of one window to the start of the next; divides window.
+        segment_ids: integers [B, T]; windows start at each segment's first token, negative ids are padding. None is one
+            segment per row.
+
+    Returns:
+        [B, T // stride, H, D] in x's dtype: the windows in row order, then zeros in the empty slots.
+
+    Raises:
+        TypeError: window or stride is not an int, or segment_ids not of an integer dtype.
+        ValueError: a shape, window or stride is not as above.
+    """
+    window, stride, segment_ids = _checked(x, window, stride, segment_ids)
+    batch, length, heads, width = x.shape
+    if segment_ids is not None or length < window:
+        windows = gather_windows(x.astype(jnp.float32), window=window, stride=stride, segment_ids=segment_ids)
+        return windows.mean(axis=2).astype(x.dtype)
+    slots = length // stride
+    parts = x[:, : slots * stride].reshape(batch, slots, stride, heads, width).sum(axis=2, dtype=jnp.float32)
+    total = sum(_shifted(parts, window // stride))
+    return _fill(total / window, slots).astype(x.dtype)
+
+
+def gather_windows(x: Array, *, window: int, stride: int, segment_ids: Array | None = None) -> Array:
+    """The tokens of each complete window: what a learned compression map starts from.
+
+    Args:
+        x: [B, T, H, D], keys or values.
+        window: tokens in a window.
+        stride: tokens from the start of one window to the start of the next; divides window.
+        segment_ids: integers [B, T]; windows start at each segment's first token, negative ids are padding. None is one
+            segment per row.
+
+    Returns:
+        [B, T // stride, window, H, D] in x's dtype: the windows in row order, then zeros in the empty slots.
+
+    Raises:
+        TypeError: window or stride is not an int, or segment_ids not of an integer dtype.
+        ValueError: a shape, window or stride is not as above.
+    """
+    window, stride, segment_ids = _checked(x, window, stride, segment_ids)
+    batch, length, heads, width = x.shape
+    slots = length // stride
+    if length < window:
+        return jnp.zeros((batch, slots, window, heads, width), x.dtype)
+    if segment_ids is not None:
+        return _gather(*vary_together((x, segment_ids)), window, stride)
+    parts = x[:, : slots * stride].reshape(batch, slots, stride, heads, width)
+    return _fill(jnp.concatenate(_shifted(parts, window // stride), axis=2), slots)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gather(x: Array, segment_ids: Array, window: int, stride: int) -> Array:
+    starts = segments.window_starts(segments.layout(segment_ids, *x.shape[:2]), window, stride)  # [B, C]
+    index = starts[..., None] + jnp.arange(window, dtype=jnp.int32).reshape(1, 1, window)
+    windows = jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="clip"))(x, index)  # [B, C, window, H, D]
+    return jnp.where((starts >= 0)[..., None, None, None], windows, jnp.zeros((), x.dtype))
+
+
+def _gather_forward(x: Array, segment_ids: Array, window: int, stride: int):
+    return _gather(x, segment_ids, window, stride), segment_ids
+
+
+def _gather_backward(window: int, stride: int, segment_ids: Array, cotangent: Array):
+    tokens = segments.layout(segment_ids, *segment_ids.shape)
+    # a segment's last token sees all its windows
+    seen = segments.window_intervals(tokens, window, stride)
+    first, end = (jnp.take_along_axis(slot, tokens.stop - 1, axis=1) for slot in (seen.key_begin, seen.key_end))
+    overlap = jnp.arange(window // stride, dtype=jnp.int32).reshape(1, 1, -1)
+    slot = (first + tokens.position // stride)[..., None] - overlap  # [B, T, window // stride]
+    place = (tokens.position % stride)[..., None] + overlap * stride
+    inside = (slot >= first[..., None]) & (slot < end[..., None])
+    take = jax.vmap(lambda windows, slot, place: windows.at[slot, place].get(mode="clip"))
+    shares = jnp.where(inside[..., None, None], take(cotangent, slot, place), jnp.zeros((), cotangent.dtype))
+    return shares.sum(axis=2, dtype=jnp.float32).astype(cotangent.dtype), None
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _shifted(parts: Array, count: int) -> list[Array]:
+    """The first, second, ... part of every complete window, from the stride-long parts [B, C, ...] of a row."""
+    complete = parts.shape[1] - count + 1
+    return [parts[:, first : first + complete] for first in range(count)]
+
+
+def _fill(windows: Array, slots: int) -> Array:
+    """[B, slots, ...]: the windows, then zeros."""
+    return jnp.pad(windows, ((0, 0), (0, slots - windows.shape[1])) + ((0, 0),) * (windows.ndim - 2))
+
+
+def _checked(x: Array, window: int, stride: int, segment_ids: Array | None) -> tuple[int, int, Array | None]:
+    if x.ndim != 4:
+        raise ValueError(f"x: expected shape [B, T, H, D], got {list(x.shape)}")
+    return *checks.windows(window, stride), checks.segment_ids(segment_ids, x)

@@ -1,0 +1,178 @@
+"""The three branches as one differentiable function by the Triton kernels.
+
+Differentiated as one, the gates cost nothing: the kernels scale by them what is theirs of the output's cotangent, which no
+branch then needs a copy of, and the delta of a branch's derivative is the gradient of its gate.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from nsa_jax import interval, launch, segments, selected
+from nsa_jax.residuals import name_residuals, output_dot
+from nsa_jax.selection import select_blocks
+
+Array = jax.Array
+
+
+class Config(NamedTuple):
+    """The static arguments of `native_sparse_attention`; window and stride are those of the compression."""
+
+    scale: float
+    block_size: int
+    window_size: int
+    window: int
+    stride: int
+    num_init_blocks: int
+    num_local_blocks: int
+    max_block_count: int
+
+
+class Arrays(NamedTuple):
+    """What is attended with and to; the compressed arrays are None where neither the branch nor the selection needs them."""
+
+    query: Array
+    key: Array
+    value: Array
+    compressed_key: Array | None
+    compressed_value: Array | None
+
+
+class Gates(NamedTuple):
+    """A gate [B, T, N] (or, of the same structure, an output or lse) per branch, None for a branch that is dropped."""
+
+    compressed: Array | None
+    selected: Array | None
+    sliding: Array | None
+
+
+class Routing(NamedTuple):
+    """Integers: segment ids [B, T] or None, block indices [B, T, H, S] or None to select, block counts () or [B, T, H]."""
+
+    segment_ids: Array | None
+    block_indices: Array | None
+    block_counts: Array
+
+
+class _Seen(NamedTuple):
+    """Who sees whom, per branch that is computed."""
+
+    compressed: segments.Intervals | None
+    selected: selected.Choice | None
+    sliding: segments.Intervals | None
+
+
+def gated_sum(gates: Gates, outputs: Gates, query: Array, value: Array) -> Array:
+    """The sum of gate * output [B, T, N, V] over the branches, in float32, rounded to query's dtype."""
+    total = jnp.zeros((*query.shape[:3], value.shape[-1]), jnp.float32)
+    for gate, output in zip(gates, outputs, strict=True):
+        if gate is not None:
+            total += gate.astype(jnp.float32)[..., None] * output.astype(jnp.float32)
+    return total.astype(query.dtype)
+
+
+def attend(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> Array:
+    """`native_sparse_attention` of checked arguments by the Triton kernels: [B, T, N, V]."""
+    arrays, gates, routing = launch.vary_together((arrays, gates, routing))
+    clear = functools.partial(segments.clear_padding, segment_ids=routing.segment_ids)
+    arrays = arrays._replace(query=clear(arrays.query), key=clear(arrays.key), value=clear(arrays.value))
+    return _attend(config, arrays, jax.tree.map(clear, gates), routing)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> Array:
+    outputs, _, _ = _branches(config, arrays, gates, routing)
+    return gated_sum(gates, outputs, arrays.query, arrays.value)
+
+
+def _specs(config: Config, length: int) -> tuple[interval.Spec, selected.Spec, interval.Spec]:
+    precision = launch.dot_precision()
+    return (
+        interval.Spec("compressed", config.scale, precision),
+        selected.Spec(config.block_size, config.scale, precision),
+        interval.Spec("sliding", config.scale, precision, reach=min(config.window_size, length)),
+    )
+
+
+def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> tuple[Gates, Gates, _Seen]:
+    """(outputs, lse, seen) of the branches that have a gate; the compressed one also where only the selection needs it."""
+    query, key, value, compressed_key, compressed_value = arrays
+    B, T, _, _ = query.shape
+    tokens = segments.layout(routing.segment_ids, B, T)
+    specs = _specs(config, T)
+    outputs, lses, seen = Gates(None, None, None), Gates(None, None, None), _Seen(None, None, None)
+
+    block_indices, block_counts = routing.block_indices, routing.block_counts
+    if compressed_key is not None:
+        windows = segments.window_intervals(tokens, config.window, config.stride)
+        full = (windows.query_end > windows.query_begin)[..., None, None]  # slots that hold a window
+        compressed_key, compressed_value = (
+            jnp.where(full, x, jnp.zeros((), x.dtype)) for x in (compressed_key, compressed_value)
+        )
+        output, lse = interval.forward(query, compressed_key, compressed_value, windows, specs[0])
+        output, lse = name_residuals("compressed", output, lse)
+        if gates.compressed is not None:
+            outputs, lses = outputs._replace(compressed=output), lses._replace(compressed=lse)
+            seen = seen._replace(compressed=windows)
+        if gates.selected is not None and block_indices is None:
+            block_indices = select_blocks(
+                query, compressed_key, lse,
+                block_counts=jnp.broadcast_to(block_counts, (B, T, key.shape[2])), max_block_count=config.max_block_count,
+                block_size=config.block_size, window=config.window, stride=config.stride,
+                num_init_blocks=config.num_init_blocks, num_local_blocks=config.num_local_blocks,
+                scale=config.scale, segment_ids=routing.segment_ids, implementation="triton",
+            )  # fmt: skip
+            block_indices, block_counts = checkpoint_name(block_indices, "nsa_block_indices"), None
+    if gates.selected is not None:
+        choice = selected.choose(block_indices, block_counts, routing.segment_ids, config.block_size)
+        output, lse = name_residuals("selected", *selected.forward(query, key, value, choice, specs[1]))
+        outputs, lses = outputs._replace(selected=output), lses._replace(selected=lse)
+        seen = seen._replace(selected=choice)
+    if gates.sliding is not None:
+        intervals = segments.sliding_intervals(tokens, config.window_size)
+        output, lse = name_residuals("sliding", *interval.forward(query, key, value, intervals, specs[2]))
+        outputs, lses = outputs._replace(sliding=output), lses._replace(sliding=lse)
+        seen = seen._replace(sliding=intervals)
+    return outputs, lses, seen
+
+
+def _attend_forward(config, arrays, gates, routing):
+    outputs, lses, seen = _branches(config, arrays, gates, routing)
+    return gated_sum(gates, outputs, arrays.query, arrays.value), (arrays, gates, outputs, lses, seen)
+
+
+def _attend_backward(config, residuals, d_output):
+    arrays, gates, outputs, lses, seen = residuals
+    query, key, value, compressed_key, compressed_value = arrays
+    modules = (interval, selected, interval)
+    keys_values = ((compressed_key, compressed_value), (key, value), (key, value))
+    d_gates, d_queries, d_keys_values = [], [], []
+    for i, spec in enumerate(_specs(config, query.shape[1])):
+        if gates[i] is None:
+            d_gates.append(None)
+            d_keys_values.append(None)
+            continue
+        delta = output_dot(d_output, outputs[i])
+        arguments = (query, *keys_values[i], d_output, lses[i], delta, gates[i], seen[i], spec)
+        d_queries.append(modules[i].backward_query(*arguments))
+        d_keys_values.append(modules[i].backward_key_value(*arguments))
+        d_gates.append(delta.astype(gates[i].dtype))
+
+    compressed, shared = d_keys_values[0], [pair for pair in d_keys_values[1:] if pair is not None]
+    if compressed is None and compressed_key is not None:
+        compressed = (jnp.zeros_like(compressed_key), jnp.zeros_like(compressed_value))
+    d_key, d_value = (_sum([pair[i] for pair in shared], like) for i, like in enumerate((key, value)))
+    return Arrays(_sum(d_queries, query), d_key, d_value, *(compressed or (None, None))), Gates(*d_gates), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _sum(terms: list[Array], like: Array) -> Array:
+    """The sum of the terms, in float32, rounded to the dtype of `like`, whose shape zero terms give zeros of."""
+    if len(terms) == 1:
+        return terms[0]
+    return sum((term.astype(jnp.float32) for term in terms), jnp.zeros(like.shape, jnp.float32)).astype(like.dtype)

@@ -1,0 +1,159 @@
+"""Attention to one interval of keys per query: the launches and derivatives behind the compressed and sliding branches."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import launch, tiling
+from nsa_jax.residuals import name_residuals, ungated_delta
+from nsa_jax.segments import Intervals
+
+Array = jax.Array
+
+
+class Spec(NamedTuple):
+    """What is static about a call.
+
+    Attributes:
+        branch: "compressed" or "sliding", for names in profiles and checkpoint policies.
+        scale: factor on the scores.
+        precision: of float32 products, see `launch.dot_precision`.
+        reach: most queries that see one key, 0 if any number can.
+    """
+
+    branch: str
+    scale: float
+    precision: str
+    reach: int = 0
+
+
+def _shape(query: Array, key: Array, value: Array, spec: Spec) -> dict:
+    (_, T, N, K), (_, C, H, V) = query.shape, value.shape
+    return {
+        "T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "SCALE": spec.scale, "PRECISION": spec.precision,
+        "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V),
+    }  # fmt: skip
+
+
+def _pick(choose, kernel, shape: dict, dtype) -> tiling.Tile:
+    capability = launch.capability_of(kernel)
+    return choose(capability, sum(shape["K_PARTS"]) + sum(shape["V_PARTS"]), dtype.itemsize)
+
+
+def _pairs(T: int, C: int, spec: Spec) -> int:
+    """About how many (query, key) pairs a head computes, for profiles."""
+    return T * spec.reach if spec.reach else T * C // 2
+
+
+def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: Spec) -> tuple[Array, Array]:
+    """(output [B, T, N, V], lse float32 [B, T, N])."""
+    from nsa_jax.kernels import interval as kernels
+
+    if key.shape[1] == 0:
+        shape = (*query.shape[:3], value.shape[-1])
+        return jnp.zeros(shape, query.dtype), jnp.full(shape[:3], -jnp.inf, jnp.float32)
+    shape = _shape(query, key, value, spec)
+    tile = _pick(tiling.interval_forward, kernels.forward, shape, query.dtype)
+
+    def run(query, key, value, key_begin, key_end):
+        B, T, N, K = query.shape
+        C, H, V = value.shape[1:]
+        tiles = -(-T * (N // H) // tile.rows)
+        return launch.launch(
+            kernels.forward, query, key, value, key_begin, key_end,
+            outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
+            programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
+            flops=2 * B * N * _pairs(T, C, spec) * (K + V),
+            ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, **shape,
+        )  # fmt: skip
+
+    output, lse = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end)
+    return output, lse
+
+
+def backward_query(
+    query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array,
+    intervals: Intervals, spec: Spec,
+) -> Array:  # fmt: skip
+    """d_query [B, T, N, K], for the output cotangent weight * d_output; delta [B, T, N] is rowsum(d_output * output)."""
+    from nsa_jax.kernels import interval as kernels
+
+    if key.shape[1] == 0:
+        return jnp.zeros_like(query)
+    shape = _shape(query, key, value, spec)
+    tile = _pick(tiling.interval_backward_query, kernels.backward_query, shape, query.dtype)
+
+    def run(*arrays):
+        B, T, N, K = arrays[0].shape
+        C, H, V = arrays[2].shape[1:]
+        tiles = -(-T * (N // H) // tile.rows)
+        return launch.launch(
+            kernels.backward_query, *arrays,
+            outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype),),
+            programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
+            flops=2 * B * N * _pairs(T, C, spec) * (2 * K + V),
+            ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, **shape,
+        )  # fmt: skip
+
+    (d_query,) = launch.fold_vmap(run)(
+        query, key, value, d_output, lse, delta, weight, intervals.key_begin, intervals.key_end
+    )
+    return d_query
+
+
+def backward_key_value(
+    query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array,
+    intervals: Intervals, spec: Spec,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(d_key [B, C, H, K], d_value [B, C, H, V]); arguments as in `backward_query`."""
+    from nsa_jax.kernels import interval as kernels
+
+    if key.shape[1] == 0:
+        return jnp.zeros_like(key), jnp.zeros_like(value)
+    shape = _shape(query, key, value, spec)
+    tile = _pick(tiling.interval_backward_key_value, kernels.backward_key_value, shape, query.dtype)
+
+    def run(*arrays):
+        B, T, N, K = arrays[0].shape
+        C, H, V = arrays[2].shape[1:]
+        tiles = -(-C // tile.keys)
+        seen_by = min(T, spec.reach + tile.keys) if spec.reach else T
+        splits = tiling.interval_splits(tiles * H * B, seen_by * (N // H), tile.rows)
+        kind = key.dtype if splits == 1 else jnp.float32
+        d_key, d_value = launch.launch(
+            kernels.backward_key_value, *arrays,
+            outputs=tuple(jax.ShapeDtypeStruct((splits, B, C, H, width), kind) for width in (K, V)),
+            programs=tiles * splits * H * B, warps=tile.warps, stages=tile.stages,
+            flops=2 * B * N * _pairs(T, C, spec) * (2 * K + 2 * V),
+            B=B, ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, SPLITS=splits, **shape,
+        )  # fmt: skip
+        return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
+
+    d_key, d_value = launch.fold_vmap(run)(
+        query, key, value, d_output, lse, delta, weight, intervals.query_begin, intervals.query_end
+    )
+    return d_key, d_value
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(spec: Spec, query: Array, key: Array, value: Array, intervals: Intervals) -> tuple[Array, Array]:
+    """(output [B, T, N, V], lse float32 [B, T, N]) of attention to the intervals, by the Triton kernels."""
+    return forward(query, key, value, intervals, spec)
+
+
+def _attend_forward(spec, query, key, value, intervals):
+    output, lse = name_residuals(spec.branch, *forward(query, key, value, intervals, spec))
+    return (output, lse), (query, key, value, intervals, output, lse)
+
+
+def _attend_backward(spec, residuals, cotangents):
+    query, key, value, intervals, output, lse = residuals
+    d_output, d_lse = cotangents
+    delta = ungated_delta(d_output, d_lse, output, lse)
+    arguments = (query, key, value, d_output, lse, delta, jnp.ones_like(lse), intervals, spec)
+    return backward_query(*arguments), *backward_key_value(*arguments), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)

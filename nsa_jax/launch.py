@@ -1,0 +1,263 @@
+"""The one place that starts Triton kernels: on a GPU through jax_triton, on a CPU in Triton's interpreter.
+
+Environment:
+    NSA_JAX_COMPUTE_CAPABILITY: the architecture to compile for (80, 90, ...) where no GPU is present; 90 unless set.
+        Read when a function is traced.
+    TRITON_INTERPRET=1: kernels run on the CPU in Triton's interpreter. Read when the kernels are first imported.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+
+Array = jax.Array
+
+_INSTALL = "pip install 'nsa-jax[cuda13]' (or [cuda12]) on Linux"
+
+
+def triton_missing() -> str | None:
+    """What keeps Triton kernels from being built here, or None."""
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed; {_INSTALL}" if missing else None
+
+
+def on_nvidia_gpu() -> bool:
+    """Whether arrays go to an NVIDIA GPU unless placed elsewhere."""
+    device = jax.config.jax_default_device
+    platform = device if isinstance(device, str) else device.platform if device else jax.default_backend()
+    if platform not in ("gpu", "cuda"):
+        return False
+    return "rocm" not in getattr(jax.devices("gpu")[0].client, "platform_version", "").lower()
+
+
+@functools.cache
+def _gpu_capability() -> int:
+    major, minor = jax.devices("gpu")[0].compute_capability.split(".")
+    return 10 * int(major) + int(minor)
+
+
+def compute_capability() -> int:
+    """The compute capability that kernels are compiled for: the GPU's, else NSA_JAX_COMPUTE_CAPABILITY, else 90."""
+    asked = os.environ.get("NSA_JAX_COMPUTE_CAPABILITY")
+    if asked is None:
+        return _gpu_capability() if jax.default_backend() == "gpu" else 90
+    if not asked.isdigit() or int(asked) < 80:
+        raise ValueError(f"NSA_JAX_COMPUTE_CAPABILITY: expected a number such as 80 or 90, got {asked!r}")
+    return int(asked)
+
+
+def capability_of(kernel) -> int:
+    """The compute capability that `kernel` will run on; 0 in Triton's interpreter."""
+    return 0 if _is_interpreted(kernel) else compute_capability()
+
+
+def ptx_version(capability: int) -> int:
+    """The lowest PTX version that knows the architecture: what the ptxas of the CUDA that JAX uses must accept."""
+    return 80 if capability <= 90 else 86 if capability <= 101 else 87
+
+
+def dot_precision() -> str:
+    """How float32 products are done: exactly, or as jax.default_matmul_precision says."""
+    asked = str(jax.config.jax_default_matmul_precision).lower()
+    return {"tensorfloat32": "tf32", "high": "tf32", "tf32_tf32_f32": "tf32", "tf32_tf32_f32_x3": "tf32x3"}.get(
+        asked, "ieee"
+    )
+
+
+def varying_axes(arrays) -> tuple[str, ...]:
+    """The mesh axes of an enclosing shard_map over which any array of a pytree varies."""
+    axes = set()
+    for array in jax.tree.leaves(arrays):
+        axes |= jax.typeof(array).manual_axis_type.varying
+    return tuple(sorted(axes))
+
+
+def vary_together(arrays):
+    """A pytree of arrays, each varying over every mesh axis that one of them varies over (shard_map's check_vma).
+
+    A custom_vjp must see its arguments so: the cotangents it gives then vary like them, and JAX sums them where needed.
+    """
+    axes = varying_axes(arrays)
+    return jax.tree.map(lambda array: _vary(array, axes), arrays)
+
+
+def _vary(array: Array, axes: tuple[str, ...]) -> Array:
+    lacking = tuple(axis for axis in axes if axis not in jax.typeof(array).manual_axis_type.varying)
+    return jax.lax.pcast(array, lacking, to="varying") if lacking else array
+
+
+def fold_vmap(function: Callable) -> Callable:
+    """`function` of arrays [B, ...], giving arrays [B, ...], under jax.vmap: the mapped axis is folded into B."""
+
+    @jax.custom_batching.custom_vmap
+    def folded(*arrays):
+        return function(*arrays)
+
+    @folded.def_vmap
+    def rule(axis_size, in_batched, *arrays):
+        def merge(array, batched):
+            array = array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        outputs = folded(*map(merge, arrays, in_batched))
+        split = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), outputs)
+        return split, jax.tree.map(lambda _: True, outputs)
+
+    return folded
+
+
+def launch(
+    kernel,
+    *arrays: Array,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    programs: int,
+    warps: int,
+    stages: int,
+    flops: int,
+    **constants,
+) -> list[Array]:
+    """Runs a Triton kernel.
+
+    Args:
+        kernel: a triton.jit function whose parameters are the input pointers, the output pointers, then constexprs.
+        *arrays: one array per input pointer.
+        outputs: shape and dtype per output pointer; the kernel writes every element.
+        programs: size of the grid, which has one axis.
+        warps, stages: num_warps and num_stages.
+        flops: floating-point operations, for profiles.
+        **constants: every constexpr of the kernel, by name.
+
+    Returns:
+        One array per output.
+
+    Raises:
+        TypeError: the arguments are not exactly those of the kernel.
+        ValueError: the grid is too large.
+    """
+    names = list(kernel.arg_names)
+    pointers = names[: len(arrays) + len(outputs)]
+    if set(names[len(pointers) :]) != set(constants):
+        wrong = sorted(set(names[len(pointers) :]) ^ set(constants))
+        raise TypeError(f"{kernel.__name__}: missing or unknown arguments: {', '.join(wrong)}")
+    if programs >= 2**31:
+        raise ValueError(f"{kernel.__name__}: {programs} programs, more than the 2^31 - 1 a launch can have")
+    if programs == 0:
+        return [jnp.zeros(out.shape, out.dtype) for out in outputs]
+
+    axes = varying_axes(arrays)
+    if _is_interpreted(kernel):
+        results = _interpret(kernel, arrays, outputs, programs, constants)
+    else:
+        results = _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
+    return [_vary(result, axes) for result in results]
+
+
+def _is_interpreted(kernel) -> bool:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(kernel, InterpretedFunction)
+
+
+def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants):
+    jax_triton = _jax_triton()
+    capability = compute_capability()
+    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *outputs))
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        out_type=list(outputs),
+        grid=(programs,),
+        name=f"nsa_{kernel.__name__}",
+        num_warps=warps,
+        num_stages=stages,
+        compute_capability=capability,
+        backend_options={"ptx_version": ptx_version(capability), "enable_fp_fusion": True},
+        cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
+        **constants,
+    )
+
+
+@functools.cache
+def _jax_triton():
+    """jax_triton, with a lowering for CPUs that says why there is none."""
+    import jax_triton
+    from jax_triton.triton_lib import triton_kernel_call_p
+
+    def refuse(ctx, *args, **kwargs):
+        raise RuntimeError(
+            f"implementation='triton': the computation was placed on a CPU, and these kernels need an NVIDIA GPU ({_INSTALL});"
+            " use implementation='xla', or set TRITON_INTERPRET=1 before nsa_jax is imported to run them in Triton's interpreter"
+        )
+
+    mlir.register_lowering(triton_kernel_call_p, refuse, platform="cpu")
+    return jax_triton
+
+
+class _Tensor:
+    """A numpy array in the guise of the tensors that Triton's interpreter takes."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.dtype = array.dtype
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def new_empty(self, *_, **__):
+        return _Tensor(self.array[:0])
+
+    def set_(self, source, *_):
+        self.array, self.dtype = source.array, source.dtype
+
+    def cpu(self):
+        return self
+
+    def copy_(self, _):
+        """Nothing to do: the interpreter has written to this very memory."""
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.array.shape
+
+    def stride(self):
+        return self.array.strides
+
+
+_interpreter_lock = threading.Lock()  # the interpreter patches triton.language while it runs
+
+
+def _interpret(kernel, arrays, outputs, programs, constants):
+    """The kernel in Triton's interpreter, bfloat16 held as float32 (its bfloat16 products are wrong)."""
+
+    def widened(dtype):
+        return np.dtype(np.float32) if dtype == jnp.bfloat16 else np.dtype(dtype)
+
+    def run(*inputs):
+        inputs = [np.ascontiguousarray(x, widened(x.dtype)) for x in inputs]
+        # poison: a kernel that leaves an element unwritten must not pass for one that writes zero
+        results = [
+            np.full(
+                out.shape,
+                np.nan if jnp.issubdtype(out.dtype, jnp.inexact) else np.iinfo(out.dtype).min,
+                widened(out.dtype),
+            )
+            for out in outputs
+        ]
+        with _interpreter_lock, np.errstate(all="ignore"):
+            kernel[(programs,)](*map(_Tensor, (*inputs, *results)), **constants)
+        return [result.astype(out.dtype) for result, out in zip(results, outputs, strict=True)]
+
+    return jax.pure_callback(run, list(outputs), *arrays)

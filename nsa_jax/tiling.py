@@ -1,0 +1,183 @@
+"""Tile sizes by architecture and shape: tables, nothing tuned at run time.
+
+A table lists tiles from the one that is fastest where it fits to the one that fits anywhere; a kernel gets the first whose
+operands fit the architecture's shared memory. Sizes marked "H200" were measured there, the others follow from them.
+"""
+
+from typing import NamedTuple
+
+# Shared memory that one program may use, bytes, by compute capability.
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SMALLEST_SHARED_MEMORY = 99
+INTERPRETER = 0  # in place of a compute capability
+
+
+class Tile(NamedTuple):
+    """rows: (token, head) pairs a side; keys: keys a side; warps, stages: of the launch."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def parts(width: int) -> tuple[int, ...]:
+    """The power-of-two tile widths that hold a head width: one or two, at least 16 each, as few columns as possible."""
+    one = max(16, 1 << (width - 1).bit_length())
+    large = one // 2
+    if large < 16:
+        return (one,)
+    small = max(16, 1 << max(width - large - 1, 0).bit_length())
+    return (large, small) if large + small < one else (one,)
+
+
+def _fit(tiles: tuple[Tile, ...], capability: int, footprint) -> Tile:
+    limit = 1024 * SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
+    return next((tile for tile in tiles if footprint(tile) <= limit), tiles[-1])
+
+
+_INTERVAL_FORWARD = (
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 8, 2),
+    Tile(64, 32, 4, 2),
+    Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
+)
+_INTERVAL_BACKWARD_QUERY = (
+    Tile(128, 64, 8, 2),
+    Tile(64, 64, 8, 2),
+    Tile(64, 32, 4, 2),
+    Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
+)
+_INTERVAL_BACKWARD_KEY_VALUE = (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+_INTERVAL_INTERPRETED = Tile(64, 32, 4, 1)
+
+
+def _copies(capability: int, stages: int) -> int:
+    """Of the tiles that a backward loop loads, how many are in shared memory at once: sm_100 keeps one more."""
+    return stages + (100 <= capability < 120)
+
+
+def interval_forward(capability: int, columns: int, itemsize: int) -> Tile:
+    """Tile of kernels/interval.py forward; columns: key plus value columns."""
+    if capability == INTERPRETER:
+        return _INTERVAL_INTERPRETED
+    tiles = _INTERVAL_FORWARD if itemsize == 2 else _INTERVAL_FORWARD[2:]
+    return _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
+
+
+def interval_backward_query(capability: int, columns: int, itemsize: int) -> Tile:
+    """Tile of kernels/interval.py backward_query; columns: key plus value columns."""
+    if capability == INTERPRETER:
+        return _INTERVAL_INTERPRETED
+    tiles = _INTERVAL_BACKWARD_QUERY if itemsize == 2 else _INTERVAL_BACKWARD_QUERY[2:]
+
+    def footprint(t):
+        return itemsize * (columns * (t.rows + _copies(capability, t.stages) * t.keys) + t.rows * t.keys)
+
+    return _fit(tiles, capability, footprint)
+
+
+def interval_backward_key_value(capability: int, columns: int, itemsize: int) -> Tile:
+    """Tile of kernels/interval.py backward_key_value; columns: key plus value columns."""
+    if capability == INTERPRETER:
+        return _INTERVAL_INTERPRETED
+    tiles = _INTERVAL_BACKWARD_KEY_VALUE if itemsize == 2 else _INTERVAL_BACKWARD_KEY_VALUE[1:]
+
+    def footprint(t):
+        return itemsize * (columns * (t.keys + _copies(capability, t.stages) * t.rows) + 2 * t.rows * t.keys)
+
+    return _fit(tiles, capability, footprint)
+
+
+def interval_splits(programs: int, queries_per_key_tile: int, rows: int) -> int:
+    """Into how many shares the queries of a key tile are cut, so that few key tiles still fill the GPU."""
+    wanted = -(-1024 // max(programs, 1))
+    return max(1, min(wanted, 64, queries_per_key_tile // (8 * rows)))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def walk_units(entries: int) -> int:
+    """Tiles of tokens that one program of kernels/walk.py does, each with that many entries."""
+    return max(1, 2048 // entries)
+
+
+_SELECTED = (
+    Tile(16, 128, 4, 1),
+    Tile(16, 64, 1, 2),
+    Tile(16, 64, 2, 1),
+    Tile(16, 32, 2, 2),
+    Tile(16, 32, 2, 1),
+    Tile(16, 16, 2, 1),
+)
+_SELECTED_BACKWARD_KEY_VALUE = (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+
+
+def _walking(tiles, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    rows = max(16, power_of_two(group))
+    if capability == INTERPRETER:
+        return Tile(rows, min(block_size, 32), 4, 1)
+    fitting = tuple(t._replace(rows=rows) for t in tiles if t.keys <= block_size)
+    return _fit(fitting, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
+
+
+def selected_forward(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    """Tile of kernels/selected.py forward; columns: key plus value columns."""
+    return _walking(_SELECTED[1:], capability, columns, itemsize, group, block_size)
+
+
+def selected_backward_query(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    """Tile of kernels/selected.py backward_query; columns: key plus value columns."""
+    return _walking(_SELECTED[1:], capability, columns, itemsize, group, block_size)
+
+
+def selected_backward_key_value(capability: int, columns: int, itemsize: int, block_size: int) -> Tile:
+    """Tile of kernels/selected.py backward_key_value; columns: key plus value columns."""
+    tiles = _SELECTED_BACKWARD_KEY_VALUE if itemsize == 2 else _SELECTED_BACKWARD_KEY_VALUE[1:]
+    tiles = tuple(t for t in tiles if t.keys <= block_size)
+    if capability == INTERPRETER:
+        return Tile(32, min(block_size, 32), 4, 1)
+    return _fit(tiles, capability, lambda t: itemsize * (columns * (t.keys + t.stages * t.rows) + 2 * t.rows * t.keys))
+
+
+def selected_chunk(capability: int) -> int:
+    """Tokens that one item of kernels/selected.py backward_key_value holds: small enough that a block that all tokens choose
+    is shared among many programs, large enough that the partial sums stay a fraction of the inputs."""
+    return 16 if capability == INTERPRETER else 1024
+
+
+class SelectionTile(NamedTuple):
+    """tokens, heads: a side of queries; keys: the other side; parts: key tiles in a chunk; entries: of a token's list."""
+
+    tokens: int
+    heads: int
+    keys: int
+    parts: int
+    entries: int
+    warps: int
+    stages: int
+
+
+_SELECTION = (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1))
+_SELECTION_BLOCKS = 128  # in a chunk
+_SELECTION_SCRATCH = 16 * 1024  # bytes that layout changes take
+
+
+def selection(capability: int, columns: int, itemsize: int, group: int, count: int, share: int) -> SelectionTile:
+    """Tile of kernels/selection.py; columns: key columns, count: most blocks to select, share: strides in a block."""
+    heads, entries = power_of_two(group), max(32, power_of_two(max(count, 1)))
+    if capability == INTERPRETER:
+        tile, blocks = Tile(32, 16, 4, 1), 32
+    else:
+        tiles, blocks = _SELECTION if itemsize == 2 else _SELECTION[2:], _SELECTION_BLOCKS
+        tile = _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys) + _SELECTION_SCRATCH)
+    tokens = max(1, min(16, tile.rows // heads, 4096 // entries))
+    keys = max(tile.keys, share)
+    return SelectionTile(
+        tokens, max(heads, 16 // tokens), keys, max(1, blocks * share // keys), entries, tile.warps, tile.stages
+    )
