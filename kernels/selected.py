@@ -1,10 +1,14 @@
-"""Attention to chosen blocks of keys: the selected branch.
+"""Attention to chosen blocks of keys, the selected branch; with WINDOW > 0 also to a short sliding window.
 
-Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. place [B, T] is the query's index in the key row: it sees
-the keys up to there. The forward and the query pass go from the query's side: TOKENS tokens x G heads are the rows of a tile, which
-walks the union of the tokens' blocks (walk.py). The key pass goes from the block's side: an item is a block and up to CHUNK of the
-queries that chose it, so a block that all choose is shared out; what the first item of a block gives goes to `d_key`, what
-the others give to `d_key_more`, and `combine` adds them in a fixed order. No atomics: the same inputs give the same bits.
+Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. place [B, T] is the query's index in the key
+row: it sees keys up to there. The forward and the query pass go from the query's side: TOKENS tokens x G heads are the rows
+of a tile, which walks the union of the blocks that its tokens want (walk.py). The key pass goes from the block's side: an
+item is a block and up to CHUNK of the queries that want it, so a block that all want is shared out; what the first item of
+a block gives goes to `d_key`, what the others give to `d_key_more`, and `combine` adds them in a fixed order. No atomics:
+the same inputs give the same bits.
+
+A window (keys place - WINDOW + 1 .. place) is a second softmax over scores that the walk has at hand in its last blocks.
+Arguments named sliding_* belong to it; with WINDOW 0 they are placeholders.
 """
 
 import triton
@@ -18,7 +22,7 @@ from .tiles import accumulate, added, inner, load_rows, scaled, store_rows, zero
 def _tile_rows(
     place, row, tile, head, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Where the tile's first row stands in [B, T, N], and the [ROWS] rows' offsets from there, reality, local token, place."""
+    """Where the tile's first row stands in [B, T, N], and the rows' offsets from there, reality, local token, place."""
     slot = tl.arange(0, ROWS)
     local = slot // G
     inside = (slot < TOKENS * G) & (tile * TOKENS + local < T)
@@ -28,46 +32,48 @@ def _tile_rows(
 
 
 @triton.jit
-def _whole_steps(begins, count, row_place, inside, BLOCK: tl.constexpr, SHARES: tl.constexpr, TOKENS: tl.constexpr):
-    """Leading steps of a walk in which every row sees every key: for a single token all but those of its own block."""
-    steps = 0
+def _plain_steps(begins, count, row_place, BLOCK: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr):
+    """How many blocks at the head of a walk every row sees whole and no window touches; told for single tokens only."""
+    edge: tl.constexpr = 1 + (WINDOW + BLOCK - 2) // BLOCK  # blocks that may be the query's own or in its window
+    plain = count * 0
     if TOKENS == 1:
-        last = tl.load(begins + tl.maximum(count - 1, 0), mask=count > 0, other=0)
-        own = last + BLOCK - 1 > tl.max(row_place, 0)
-        steps = tl.maximum(count - own.to(tl.int32), 0) * SHARES
-    return steps
+        back = tl.arange(0, triton.next_power_of_2(edge))
+        last = tl.load(begins + count - 1 - back, mask=(back < edge) & (back < count), other=-BLOCK)
+        plain = count - tl.sum((last + BLOCK > tl.max(row_place, 0) + 1 - WINDOW).to(tl.int32), 0)
+    return plain
 
 
 @triton.jit
 def _load_block(
     i, begins, members, key, value, row, head, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KEYS: tl.constexpr, SHARES: tl.constexpr, WHOLE: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    KEYS: tl.constexpr, SHARES: tl.constexpr, PLAIN: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Step i of a walk, a block being SHARES steps of KEYS keys: places [KEYS], who chose it, keys and values."""
-    chosen_by = tl.load(members + i // SHARES)
+    """Step i of a walk, a block being SHARES steps of KEYS keys: places [KEYS], who wants it, keys and values."""
+    wanted_by = tl.load(members + i // SHARES)
     first = tl.load(begins + i // SHARES) + i % SHARES * KEYS
     local = tl.arange(0, KEYS)
-    inside = local < (KEYS if WHOLE else C - first)
+    inside = local < (KEYS if PLAIN else C - first)
     base = (row * C + first) * H + head
     keys = load_rows(key + base * K, local * (H * K), inside, K, K_PARTS)  # [KEYS, K]
     values = load_rows(value + base * V, local * (H * V), inside, V, V_PARTS)  # [KEYS, V]
-    return first + local, chosen_by, keys, values
+    return first + local, wanted_by, keys, values
 
 
 @triton.jit
-def _seen(where, chosen_by, local, row_place):
-    """[ROWS, KEYS]: the row's token chose this block, and the key is not after it."""
-    return (where[None, :] <= row_place[:, None]) & ((chosen_by >> local[:, None]) & 1 == 1)
+def _wanted(wanted_by, bit):
+    """[ROWS, 1]: whether the bit is set that stands for the row's token."""
+    return ((wanted_by >> bit) & 1 == 1)[:, None]
 
 
 @triton.jit
 def forward(
-    query, key, value, place, begins, members, counts, output, lse,
+    query, key, value, place, begins, members, counts, output, lse, sliding_output, sliding_lse,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    S: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
+    """output, sliding_output [B, T, N, V]; lse, sliding_lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
     program = tl.program_id(0)
     tile = program % TILES
     head = program // TILES % H
@@ -78,37 +84,63 @@ def forward(
     begins += unit * (TOKENS * S)
     members += unit * (TOKENS * S)
     count = tl.load(counts + unit)
-    whole = _whole_steps(begins, count, row_place, inside, KEYS * SHARES, SHARES, TOKENS)
+    plain = _plain_steps(begins, count, row_place, KEYS * SHARES, TOKENS, WINDOW) * SHARES
 
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
-    for i in range(whole):
-        where, chosen_by, k, v = _load_block(
+    for i in range(plain):
+        where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS
         )
         score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)  # [ROWS, KEYS]
         peak, total, sums = online_step(score, v, peak, total, sums, V_PARTS, PRECISION)
-    for i in range(whole, count * SHARES):
-        where, chosen_by, k, v = _load_block(
+
+    sliding_peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    sliding_total = tl.zeros([ROWS], dtype=tl.float32)
+    sliding_sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
+    for i in range(plain, count * SHARES):
+        where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS
         )
         score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
-        score = tl.where(_seen(where, chosen_by, local, row_place), score, float("-inf"))
-        peak, total, sums = online_step(score, v, peak, total, sums, V_PARTS, PRECISION)
+        score = tl.where(where[None, :] <= row_place[:, None], score, float("-inf"))
+        chosen = tl.where(_wanted(wanted_by, local), score, float("-inf"))
+        peak, total, sums = online_step(chosen, v, peak, total, sums, V_PARTS, PRECISION)
+        if WINDOW > 0:
+            near = _wanted(wanted_by, local + 16) & (where[None, :] > row_place[:, None] - WINDOW)
+            score = tl.where(near, score, float("-inf"))
+            sliding_peak, sliding_total, sliding_sums = online_step(
+                score, v, sliding_peak, sliding_total, sliding_sums, V_PARTS, PRECISION
+            )
+
     result, result_lse = finish(peak, total, sums, V_PARTS)
     store_rows(output + base * V, offset * V, result, inside, V, V_PARTS)
     tl.store(lse + base + offset, result_lse, mask=inside)
+    if WINDOW > 0:
+        result, result_lse = finish(sliding_peak, sliding_total, sliding_sums, V_PARTS)
+        store_rows(sliding_output + base * V, offset * V, result, inside, V, V_PARTS)
+        tl.store(sliding_lse + base + offset, result_lse, mask=inside)
+
+
+@triton.jit
+def _load_statistics(lse, delta, weight, offset, mask):
+    """Of the rows at `offset`: the lse in base 2, delta and the weight, float32; a masked row has probability 0."""
+    row_lse = tl.load(lse + offset, mask=mask, other=float("inf")) * LOG2E
+    row_delta = tl.load(delta + offset, mask=mask, other=0.0)
+    return row_lse, row_delta, tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def backward_query(
-    query, key, value, d_output, lse, delta, weight, place, begins, members, counts, d_query,
+    query, key, value, d_output, lse, delta, weight, sliding_lse, sliding_delta, sliding_weight,
+    place, begins, members, counts, d_query,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    S: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_query [B, T, N, K]. The cotangent of the output is weight * d_output; delta is rowsum(d_output * output)."""
+    """d_query [B, T, N, K]. The cotangent of a branch's output is weight * d_output; delta is rowsum(d_output * output)."""
     program = tl.program_id(0)
     tile = program % TILES
     head = program // TILES % H
@@ -116,48 +148,57 @@ def backward_query(
     base, offset, inside, local, row_place = _tile_rows(place, row, tile, head, T, H, G, TOKENS, ROWS)
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf")) * LOG2E
-    row_delta = tl.load(delta + base + offset, mask=inside, other=0.0)
-    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0).to(tl.float32) * SCALE
+    row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, base + offset, inside)
     unit = (row * H + head) * TILES + tile
     begins += unit * (TOKENS * S)
     members += unit * (TOKENS * S)
     count = tl.load(counts + unit)
-    whole = _whole_steps(begins, count, row_place, inside, KEYS * SHARES, SHARES, TOKENS)
+    plain = _plain_steps(begins, count, row_place, KEYS * SHARES, TOKENS, WINDOW) * SHARES
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
-    for i in range(whole):
-        where, chosen_by, k, v = _load_block(
+    for i in range(plain):
+        where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS
         )
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-    for i in range(whole, count * SHARES):
-        where, chosen_by, k, v = _load_block(
+    dq = scaled(dq, row_weight[:, None], K_PARTS)
+    for i in range(plain, count * SHARES):
+        where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS
         )
-        p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])
-        ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
-        ds = tl.where(_seen(where, chosen_by, local, row_place), ds, 0.0)
+        score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
+        dp = inner(do, v, V_PARTS, PRECISION)
+        seen = where[None, :] <= row_place[:, None]
+        ds = tl.exp2(score - row_lse[:, None]) * (dp - row_delta[:, None]) * row_weight[:, None]
+        ds = tl.where(seen & _wanted(wanted_by, local), ds, 0.0)
+        if WINDOW > 0:
+            near_lse, near_delta, near_weight = _load_statistics(
+                sliding_lse, sliding_delta, sliding_weight, base + offset, inside
+            )
+            near = seen & _wanted(wanted_by, local + 16) & (where[None, :] > row_place[:, None] - WINDOW)
+            near_ds = tl.exp2(score - near_lse[:, None]) * (dp - near_delta[:, None]) * near_weight[:, None]
+            ds += tl.where(near, near_ds, 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-    store_rows(d_query + base * K, offset * K, scaled(dq, row_weight[:, None], K_PARTS), inside, K, K_PARTS)
+    store_rows(d_query + base * K, offset * K, scaled(dq, SCALE, K_PARTS), inside, K, K_PARTS)
 
 
 @triton.jit
 def backward_key_value(
-    query, key, value, d_output, lse, delta, weight, place, choosers, chooser_first, item_first, item_block, block_begin,
-    block_end, block_count, d_key, d_value, d_key_more, d_value_more,
+    query, key, value, d_output, lse, delta, weight, sliding_lse, sliding_delta, sliding_weight,
+    place, choosers, chooser_first, item_first, item_block, block_begin, block_end, block_count,
+    d_key, d_value, d_key_more, d_value_more,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCKS: tl.constexpr, ITEMS: tl.constexpr, MORE: tl.constexpr, PROGRAMS: tl.constexpr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCKS: tl.constexpr, ITEMS: tl.constexpr, MORE: tl.constexpr, PROGRAMS: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_key, d_value [B, C, H, K|V] and d_key_more, d_value_more float32 [B, H, MORE, BLOCK, K|V].
 
-    choosers: the tokens that chose block m of head h of row b are choosers[chooser_first[b, h, m] : chooser_first[b, h, m + 1]].
-    Items item_first[b, h, m] up to item_first[b, h, m + 1] are block m's; item_block [B, H, ITEMS] tells an item's block.
-    Grid: (BLOCK // KEYS) * PROGRAMS * H * B; a program does every PROGRAMS-th item.
+    choosers[chooser_first[b, h, m] : chooser_first[b, h, m + 1]] want block m of head h of row b: 2 * token + (1 if it selected
+    the block). Items item_first[b, h, m] up to item_first[b, h, m + 1] are block m's; item_block [B, H, ITEMS] tells an
+    item's block. Grid: (BLOCK // KEYS) * PROGRAMS * H * B; a program does every PROGRAMS-th item.
     """
     shares: tl.constexpr = BLOCK // KEYS
     program = tl.program_id(0)
@@ -186,18 +227,29 @@ def backward_key_value(
         for begin in range(0, slots, ROWS):
             slot = begin + tl.arange(0, ROWS)
             real = slot < slots
-            token = tl.load(choosers + first + slot // G, mask=real, other=0)
-            row_offset = (row * T + token) * (H * G) + head * G + slot % G
-            q = load_rows(query, row_offset * K, real, K, K_PARTS)  # [ROWS, K]
-            do = load_rows(d_output, row_offset * V, real, V, V_PARTS)  # [ROWS, V]
-            row_place = tl.load(place + row * T + token, mask=real, other=-1)
-            row_lse = tl.load(lse + row_offset, mask=real, other=float("inf")) * LOG2E
-            row_delta = tl.load(delta + row_offset, mask=real, other=0.0)
-            row_weight = tl.load(weight + row_offset, mask=real, other=0.0).to(tl.float32)
-            p = tl.exp2(inner(k, q, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[None, :])  # [KEYS, ROWS]
-            p = tl.where(where[:, None] <= row_place[None, :], p * row_weight[None, :], 0.0)
+            chooser = tl.load(choosers + first + slot // G, mask=real, other=0)
+            token = row * T + (chooser >> 1)
+            offset = token * (H * G) + head * G + slot % G
+            q = load_rows(query, offset * K, real, K, K_PARTS)  # [ROWS, K]
+            do = load_rows(d_output, offset * V, real, V, V_PARTS)  # [ROWS, V]
+            row_place = tl.load(place + token, mask=real, other=-1)
+            row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, offset, real)
+            score = inner(k, q, K_PARTS, PRECISION) * (SCALE * LOG2E)  # [KEYS, ROWS]
+            dp = inner(v, do, V_PARTS, PRECISION)
+            seen = where[:, None] <= row_place[None, :]
+            chosen = seen & (chooser & 1 == 1)[None, :] if WINDOW > 0 else seen
+            p = tl.where(chosen, tl.exp2(score - row_lse[None, :]) * row_weight[None, :], 0.0)
+            ds = p * (dp - row_delta[None, :])
+            if WINDOW > 0:
+                if tl.min(tl.where(real, row_place, C), 0) < first_key + KEYS + WINDOW:  # some window may reach here
+                    near_lse, near_delta, near_weight = _load_statistics(
+                        sliding_lse, sliding_delta, sliding_weight, offset, real
+                    )
+                    near = seen & (where[:, None] > row_place[None, :] - WINDOW)
+                    near_p = tl.where(near, tl.exp2(score - near_lse[None, :]) * near_weight[None, :], 0.0)
+                    p += near_p
+                    ds += near_p * (dp - near_delta[None, :])
             dv = accumulate(dv, p, do, V_PARTS, PRECISION)
-            ds = p * (inner(v, do, V_PARTS, PRECISION) - row_delta[None, :])
             dk = accumulate(dk, ds, q, K_PARTS, PRECISION)
         dk = scaled(dk, SCALE, K_PARTS)
         if chunk == 0:
@@ -216,13 +268,13 @@ def combine(
     C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
     MORE: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """d_total [B, C, H, D] = d_first + the sum over the block's items in d_more [B, H, MORE, BLOCK, D], one after the other."""
+    """d_total [B, C, H, D] = d_first + what the block's further items hold in d_more [B, H, MORE, BLOCK, D], in order."""
     shares: tl.constexpr = BLOCK // KEYS
     program = tl.program_id(0)
+    share = program % shares
     worker = program // shares % PROGRAMS
     head = program // (shares * PROGRAMS) % H
     row = (program // (shares * PROGRAMS * H)).to(tl.int64)
-    share = program % shares
     local = tl.arange(0, KEYS)
     item_first += (row * H + head) * (BLOCKS + 1)
     for block in range(worker, tl.load(block_count + row), PROGRAMS):

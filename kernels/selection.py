@@ -1,13 +1,14 @@
 """Online top-k selection: the blocks that each query attends to, from scores that never leave the chip.
 
-Shapes: query [B, T, N, K]; compressed_key [B, C, H, K]; lse [B, T, N]; N = H * G. A query's segment is known by the row index it
-begins at, and query t of row b sees the windows in the slots [key_begin[b, t], key_end[b, t]): where a query stands is data,
-a kernel never assumes that query i stands at key i. Windows and blocks count from the segment's first, so that blocks line up.
+Shapes: query [B, T, N, K]; compressed_key [B, C, H, K]; lse [B, T, N]; N = H * G. A query's segment is known by the row
+index it begins at, and query t of row b sees the windows in the slots [key_begin[b, t], key_end[b, t]): where a query
+stands is data, a kernel never assumes that query i stands at key i. Windows and blocks count from the segment's first, so
+that blocks line up.
 
 A tile is TOKENS consecutive tokens by the HEADS (G, padded) of one group. It walks the windows of its segment, sums their
-probabilities over the group, then over each block, and keeps a list of the best blocks per token. A list entry is a block
-and its rank: the bits of its importance, which as integers order as the importances do. Forced blocks enter the list first,
-so that only blocks before them are scored: candidates for what room is left.
+probabilities over the group, then over each block, and keeps a list of the best blocks per token. A list entry is a
+block and its rank: the bits of its importance, which as integers order as the importances do. Forced blocks enter the
+list first, so that only blocks before them are scored: candidates for what room is left.
 """
 
 import triton
@@ -38,7 +39,8 @@ def _group_probability(
 def _over_blocks(p, TOKENS: tl.constexpr, KEYS: tl.constexpr, SHARE: tl.constexpr, REACH: tl.constexpr):
     """p [TOKENS, KEYS] to what its windows give to their own blocks and to the next ones, each [TOKENS, KEYS // SHARE].
 
-    A block is SHARE strides, a window REACH: the i-th window of a block shares min(REACH, SHARE - i) with it, the rest with the next.
+    A block is SHARE strides, a window REACH: the i-th window of a block shares min(REACH, SHARE - i) of them with it, the
+    rest with the next block.
     """
     i = tl.arange(0, SHARE)[None, None, :]
     windows = tl.reshape(p, [TOKENS, KEYS // SHARE, SHARE])
@@ -63,7 +65,7 @@ def _smallest(x):
 
 @triton.jit
 def _compare(rank, list_rank, TOKENS: tl.constexpr):
-    """The best candidate and the worst in the list, each [1, TOKENS, LANES], and whether any token's candidate is better."""
+    """The best candidate and the worst in the list, [1, TOKENS, LANES], and whether any token's candidate is better."""
     # spread over the lanes: what the rounds carry on then needs no exchange between threads
     best = tl.broadcast_to(_largest(rank), [1, TOKENS, LANES])
     worst = tl.broadcast_to(_smallest(list_rank), [1, TOKENS, LANES])
@@ -96,9 +98,10 @@ def select(
     TOKENS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, LIST: tl.constexpr,
     TILES: tl.constexpr, K_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """block_indices int32 [B, T, H, S], ascending, then -1; the first count [B, T, H] <= S places are for use. Grid: H * TILES * B.
+    """block_indices int32 [B, T, H, S], ascending, then -1; count [B, T, H] is how many to choose. Grid: H * TILES * B.
 
-    own_block [B, T] is the block of its segment that holds the token; SHARE and REACH are the strides in a block and in a window.
+    own_block [B, T] is the block of its segment that holds the token; SHARE and REACH are the strides in a block and in a
+    window.
     """
     program = tl.program_id(0)
     head = program % H
@@ -142,10 +145,10 @@ def select(
         windows = tl.max(tl.where(mine, seen, 0), 0)
         last = tl.max(tl.where(mine, stop, 0), 0)
         carry = tl.zeros([TOKENS], dtype=tl.float32)
-        for chunk in range(0, tl.cdiv(last, BLOCKS)):
+        for chunk in range(tl.cdiv(last, BLOCKS)):
             importance = tl.zeros([TOKENS, PARTS, KEYS // SHARE], dtype=tl.float32)
             spill = tl.zeros([TOKENS, PARTS, KEYS // SHARE], dtype=tl.float32)
-            for part in range(0, tl.minimum(PARTS, tl.cdiv(last * SHARE - chunk * (PARTS * KEYS), KEYS))):
+            for part in range(tl.minimum(PARTS, tl.cdiv(last * SHARE - chunk * (PARTS * KEYS), KEYS))):
                 window = (chunk * PARTS + part) * KEYS + tl.arange(0, KEYS)
                 base = (row * C + first + (chunk * PARTS + part) * KEYS) * H + head
                 local = tl.arange(0, KEYS) * (H * K)
@@ -177,7 +180,7 @@ def select(
         segment = tl.min(waiting, 0)
 
     chosen = tl.full([LIST // LANES, TOKENS, LANES], -1, dtype=tl.int32)
-    for i in range(S):
+    for i in range(tl.max(tl.minimum(room, own + 1), 0)):
         smallest = _smallest(list_block)
         chosen = tl.where((entry == i) & (smallest < NONE), smallest, chosen)
         list_block = tl.where(list_block == smallest, KEPT, list_block)

@@ -1,4 +1,4 @@
-"""The blocks that a tile of neighbouring tokens walks: each one once, in ascending order, with the tokens that chose it."""
+"""The blocks that a tile of neighbouring tokens walks: each one once, in ascending order, with the tokens that want it."""
 
 import triton
 import triton.language as tl
@@ -9,12 +9,16 @@ NOWHERE = tl.constexpr(2**31 - 1)  # stands for "no block"
 @triton.jit
 def walk(
     first_keys, begins, members, counts,
-    T: tl.constexpr, H: tl.constexpr, S: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr,
-    TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, S: tl.constexpr, CHOSEN: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
+    TILES: tl.constexpr, TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr,
 ):  # fmt: skip
-    """From first_keys [B, T, H, S], the first key of every chosen block (or NOWHERE) in any order and with repeats, to
-    begins [B, H, TILES, TOKENS * S], ascending and without repeats, NOWHERE after the counts [B, H, TILES] real ones;
-    bit i of members tells whether the tile's i-th token chose the block. A program does UNITS tiles of TOKENS tokens."""
+    """The walks of tiles of TOKENS (up to 16) tokens, UNITS tiles a program.
+
+    first_keys [B, T, H, S]: the first key of every block that a token wants, or NOWHERE; any order, with repeats. The first CHOSEN
+    are blocks it selected, the others blocks that its sliding window touches.
+    begins [B, H, TILES, TOKENS * S]: the tile's blocks, ascending, without repeats, NOWHERE after the counts [B, H, TILES]
+    real ones. members: bit i tells whether the tile's i-th token selected the block, bit 16 + i whether its window touches it.
+    """
     groups: tl.constexpr = (TILES + UNITS - 1) // UNITS
     program = tl.program_id(0)
     head = program // groups % H
@@ -24,7 +28,7 @@ def walk(
     entry = tl.arange(0, S_SIDE)  # [S_SIDE]
     token = tile[:, None] * TOKENS + local[None, :]
     inside = (local < TOKENS)[None, :] & (token < T)
-    chosen = tl.load(
+    wanted = tl.load(
         first_keys + ((row * T + token) * H + head)[:, :, None] * S + entry[None, None, :],
         mask=inside[:, :, None] & (entry < S)[None, None, :],
         other=NOWHERE,
@@ -34,10 +38,13 @@ def walk(
     count = tl.zeros([UNITS], dtype=tl.int32)
     begin = tl.full([UNITS], -1, dtype=tl.int32)
     for i in range(TOKENS * S):
-        later = tl.where(chosen > begin[:, None, None], chosen, NOWHERE)
+        later = tl.where(wanted > begin[:, None, None], wanted, NOWHERE)
         begin = tl.min(tl.min(later, 2), 1)
-        chose = tl.max((chosen == begin[:, None, None]).to(tl.int32), 2)  # [UNITS, TOKENS_SIDE]
+        hit = (wanted == begin[:, None, None]).to(tl.int32)
+        member = tl.max(tl.where(entry[None, None, :] < CHOSEN, hit, 0), 2) << local[None, :]  # [UNITS, TOKENS_SIDE]
+        if CHOSEN < S:
+            member += tl.max(tl.where(entry[None, None, :] < CHOSEN, 0, hit), 2) << (local[None, :] + 16)
         tl.store(begins + target + i, begin, mask=tile < TILES)
-        tl.store(members + target + i, tl.sum(chose << local[None, :], 1), mask=tile < TILES)
+        tl.store(members + target + i, tl.sum(member, 1), mask=tile < TILES)
         count += (begin < NOWHERE).to(tl.int32)
     tl.store(counts + (row * H + head) * TILES + tile, count, mask=tile < TILES)

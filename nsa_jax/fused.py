@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import interval, launch, segments, selected
+from nsa_jax import interval, launch, segments, selected, tiling
 from nsa_jax.residuals import name_residuals, output_dot
 from nsa_jax.selection import select_blocks
+from nsa_jax.walk import Choice, choose
 
 Array = jax.Array
 
@@ -61,8 +62,8 @@ class _Seen(NamedTuple):
     """Who sees whom, per branch that is computed."""
 
     compressed: segments.Intervals | None
-    selected: selected.Choice | None
-    sliding: segments.Intervals | None
+    selected: Choice | None
+    sliding: segments.Intervals | None  # None also where the selected branch's kernels do the window
 
 
 def gated_sum(gates: Gates, outputs: Gates, query: Array, value: Array) -> Array:
@@ -88,11 +89,17 @@ def _attend(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> A
     return gated_sum(gates, outputs, arrays.query, arrays.value)
 
 
-def _specs(config: Config, length: int) -> tuple[interval.Spec, selected.Spec, interval.Spec]:
+def _one_pass(config: Config, gates: Gates) -> bool:
+    """Whether the selected branch's kernels do the sliding branch too."""
+    both = gates.selected is not None and gates.sliding is not None
+    return both and tiling.selected_does_sliding(config.window_size, config.block_size)
+
+
+def _specs(config: Config, gates: Gates, length: int) -> tuple[interval.Spec, selected.Spec, interval.Spec]:
     precision = launch.dot_precision()
     return (
         interval.Spec("compressed", config.scale, precision),
-        selected.Spec(config.block_size, config.scale, precision),
+        selected.Spec(config.block_size, config.scale, precision, config.window_size if _one_pass(config, gates) else 0),
         interval.Spec("sliding", config.scale, precision, reach=min(config.window_size, length)),
     )
 
@@ -102,7 +109,7 @@ def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) ->
     query, key, value, compressed_key, compressed_value = arrays
     B, T, _, _ = query.shape
     tokens = segments.layout(routing.segment_ids, B, T)
-    specs = _specs(config, T)
+    specs = _specs(config, gates, T)
     outputs, lses, seen = Gates(None, None, None), Gates(None, None, None), _Seen(None, None, None)
 
     block_indices, block_counts = routing.block_indices, routing.block_counts
@@ -127,15 +134,19 @@ def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) ->
             )  # fmt: skip
             block_indices, block_counts = checkpoint_name(block_indices, "nsa_block_indices"), None
     if gates.selected is not None:
-        choice = selected.choose(block_indices, block_counts, routing.segment_ids, config.block_size)
-        output, lse = name_residuals("selected", *selected.forward(query, key, value, choice, specs[1]))
+        choice = choose(block_indices, block_counts, routing.segment_ids, config.block_size, specs[1].window_size)
+        chosen, *near = selected.forward(query, key, value, choice, specs[1])
+        output, lse = name_residuals("selected", *chosen)
         outputs, lses = outputs._replace(selected=output), lses._replace(selected=lse)
         seen = seen._replace(selected=choice)
     if gates.sliding is not None:
-        intervals = segments.sliding_intervals(tokens, config.window_size)
-        output, lse = name_residuals("sliding", *interval.forward(query, key, value, intervals, specs[2]))
+        if _one_pass(config, gates):
+            output, lse = near[0]
+        else:
+            seen = seen._replace(sliding=segments.sliding_intervals(tokens, config.window_size))
+            output, lse = interval.forward(query, key, value, seen.sliding, specs[2])
+        output, lse = name_residuals("sliding", output, lse)
         outputs, lses = outputs._replace(sliding=output), lses._replace(sliding=lse)
-        seen = seen._replace(sliding=intervals)
     return outputs, lses, seen
 
 
@@ -147,25 +158,30 @@ def _attend_forward(config, arrays, gates, routing):
 def _attend_backward(config, residuals, d_output):
     arrays, gates, outputs, lses, seen = residuals
     query, key, value, compressed_key, compressed_value = arrays
-    modules = (interval, selected, interval)
-    keys_values = ((compressed_key, compressed_value), (key, value), (key, value))
-    d_gates, d_queries, d_keys_values = [], [], []
-    for i, spec in enumerate(_specs(config, query.shape[1])):
-        if gates[i] is None:
-            d_gates.append(None)
-            d_keys_values.append(None)
-            continue
-        delta = output_dot(d_output, outputs[i])
-        arguments = (query, *keys_values[i], d_output, lses[i], delta, gates[i], seen[i], spec)
-        d_queries.append(modules[i].backward_query(*arguments))
-        d_keys_values.append(modules[i].backward_key_value(*arguments))
-        d_gates.append(delta.astype(gates[i].dtype))
+    specs = _specs(config, gates, query.shape[1])
+    deltas = Gates(*(None if output is None else output_dot(d_output, output) for output in outputs))
+    rows = [None if gate is None else selected.Rows(*x, gate) for *x, gate in zip(lses, deltas, gates, strict=True)]
 
-    compressed, shared = d_keys_values[0], [pair for pair in d_keys_values[1:] if pair is not None]
-    if compressed is None and compressed_key is not None:
-        compressed = (jnp.zeros_like(compressed_key), jnp.zeros_like(compressed_value))
-    d_key, d_value = (_sum([pair[i] for pair in shared], like) for i, like in enumerate((key, value)))
-    return Arrays(_sum(d_queries, query), d_key, d_value, *(compressed or (None, None))), Gates(*d_gates), None
+    d_queries, d_shared, d_compressed = [], [], (None, None)
+    if gates.compressed is not None:
+        arguments = (query, compressed_key, compressed_value, d_output, *rows[0], seen.compressed, specs[0])
+        d_queries.append(interval.backward_query(*arguments))
+        d_compressed = interval.backward_key_value(*arguments)
+    elif compressed_key is not None:
+        d_compressed = jnp.zeros_like(compressed_key), jnp.zeros_like(compressed_value)
+    if gates.selected is not None:
+        branches = rows[1:] if _one_pass(config, gates) else rows[1:2]
+        arguments = (query, key, value, d_output, branches, seen.selected, specs[1])
+        d_queries.append(selected.backward_query(*arguments))
+        d_shared.append(selected.backward_key_value(*arguments))
+    if seen.sliding is not None:
+        arguments = (query, key, value, d_output, *rows[2], seen.sliding, specs[2])
+        d_queries.append(interval.backward_query(*arguments))
+        d_shared.append(interval.backward_key_value(*arguments))
+
+    d_key, d_value = (_sum([pair[i] for pair in d_shared], like) for i, like in enumerate((key, value)))
+    d_gates = jax.tree.map(lambda delta, gate: delta.astype(gate.dtype), deltas, gates)
+    return Arrays(_sum(d_queries, query), d_key, d_value, *d_compressed), d_gates, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

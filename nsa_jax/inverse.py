@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax.segments import Blocks
+from nsa_jax.walk import NOWHERE, Walks
 
 Array = jax.Array
-
-NOWHERE = 2**31 - 1  # stands for "no block" among first keys
 
 
 class Items(NamedTuple):
     """Who chose what; M blocks a row, see `segments.Blocks`.
 
     Attributes:
-        choosers: int32 [B * H * T * S], tokens, those of one block in a run and ascending.
+        choosers: int32 [B * H * T * S], those of one block in a run, tokens ascending: 2 * token, plus 1 if it selected the
+            block and does not merely touch it with its window.
         chooser_first: int32 [B, H, M + 1], where the run of block m begins, and that of block m - 1 ends.
         item_first: int32 [B, H, M + 1], the first item of block m. A block has an item for every `chunk` tokens begun, and at
             least one.
@@ -29,26 +29,26 @@ class Items(NamedTuple):
     item_block: Array
 
 
-def invert(first_keys: Array, blocks: Blocks, chunk: int) -> Items:
+def invert(walks: Walks, blocks: Blocks, chunk: int) -> Items:
     """The Items of a selection.
 
     Args:
-        first_keys: int32 [B, H, T, S], the row index of the first key of each chosen block, NOWHERE where none; no repeats.
+        walks: of single tokens, begins and members [B, H, T, S].
         blocks: the blocks of the rows.
         chunk: tokens an item may hold.
     """
-    B, H, T, S = first_keys.shape
+    B, H, T, S = walks.begins.shape
     M = blocks.begin.shape[1]
     if B * H * (M + 1) >= 2**31:
         raise ValueError(f"block_indices: {B} rows x {H} heads x {M} blocks do not fit 32-bit block numbers")
 
-    chosen = first_keys != NOWHERE
-    number = jax.vmap(lambda numbers, keys: numbers[keys])(blocks.number, jnp.where(chosen, first_keys, 0))
+    wanted = walks.begins != NOWHERE
+    number = jax.vmap(lambda numbers, keys: numbers[keys])(blocks.number, jnp.where(wanted, walks.begins, 0))
     list_of = jnp.arange(B * H, dtype=jnp.int32).reshape(B, H, 1, 1)
-    bucket = jnp.where(chosen, list_of * M + number, B * H * M)
-    token = jax.lax.broadcasted_iota(jnp.int32, first_keys.shape, 2)
+    bucket = jnp.where(wanted, list_of * M + number, B * H * M)
+    chooser = 2 * jax.lax.broadcasted_iota(jnp.int32, (B, H, T, S), 2) + (walks.members & 1)
     # a stable sort, unlike atomics, gives the same order every time
-    buckets, choosers = jax.lax.sort((bucket.reshape(-1), token.reshape(-1)), num_keys=1, is_stable=True)
+    buckets, choosers = jax.lax.sort((bucket.reshape(-1), chooser.reshape(-1)), num_keys=1, is_stable=True)
     bounds = jnp.searchsorted(buckets, jnp.arange(B * H * M + 1, dtype=jnp.int32)).astype(jnp.int32)
     chooser_first = jnp.concatenate([bounds[:-1].reshape(B, H, M), bounds[M::M].reshape(B, H, 1)], axis=2)
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import checks, launch, reference, segments, tiling
-from nsa_jax.inverse import NOWHERE, invert, more_items
+from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import name_residuals, ungated_delta
 from nsa_jax.segments import Blocks
+from nsa_jax.walk import Choice, Walks, choose, walks
 
 Array = jax.Array
 
@@ -21,26 +22,27 @@ class Spec(NamedTuple):
         block_size: keys in a block.
         scale: factor on the scores.
         precision: of float32 products, see `launch.dot_precision`.
+        window_size: keys in the sliding window that is attended to in the same pass; 0 for none.
     """
 
     block_size: int
     scale: float
     precision: str
+    window_size: int = 0
 
 
-class Choice(NamedTuple):
-    """Which keys are chosen.
+class Rows(NamedTuple):
+    """What the backward kernels take of a branch, each [B, T, N].
 
     Attributes:
-        first_keys: int32 [B, T, H, S], the row index of the first key of each chosen block, NOWHERE where none; any order,
-            repeats allowed.
-        place: int32 [B, T], the query's index in the key row.
-        blocks: the blocks of the key row.
+        lse: float32, of the forward pass.
+        delta: float32 rowsum(d_output * output).
+        weight: the cotangent of the branch's output is weight * d_output.
     """
 
-    first_keys: Array
-    place: Array
-    blocks: Blocks
+    lse: Array
+    delta: Array
+    weight: Array
 
 
 def selected_attention(
@@ -114,54 +116,11 @@ def _triton(query, key, value, block_indices, *, block_counts, block_size, scale
     return attend(Spec(block_size, scale, launch.dot_precision()), query, key, value, choice)
 
 
-def choose(block_indices: Array, block_counts: Array | None, segment_ids: Array | None, block_size: int) -> Choice:
-    """The Choice that block indices [B, T, H, S] make, of which the first block_counts (), [B, T, H] or None count, where
-    query i stands at key i."""
-    B, T, _, S = block_indices.shape
-    tokens = segments.layout(segment_ids, B, T)
-    keep = (block_indices >= 0) & (block_indices <= (tokens.position // block_size)[:, :, None, None])
-    keep &= tokens.valid[:, :, None, None]
-    if block_counts is not None:
-        counts = jnp.broadcast_to(block_counts, block_indices.shape[:3])
-        keep &= jax.lax.broadcasted_iota(jnp.int32, block_indices.shape, 3) < counts[..., None]
-    first_keys = tokens.start[:, :, None, None] + jnp.where(keep, block_indices, 0) * block_size
-    blocks = segments.blocks(tokens, block_size, segments.most_blocks(segment_ids, T, block_size))
-    return Choice(jnp.where(keep, first_keys, NOWHERE), tokens.start + tokens.position, blocks)
-
-
-class Walks(NamedTuple):
-    """What each tile of tokens walks, see kernels/walk.py."""
-
-    begins: Array
-    members: Array
-    counts: Array
-
-
-def _walks(first_keys: Array, tokens: int) -> Walks:
-    """first_keys [B, T, H, S] -> the Walks of tiles of `tokens` tokens."""
-    from nsa_jax.kernels import walk as kernels
-
-    def run(first_keys):
-        B, T, H, S = first_keys.shape
-        tiles = -(-T // tokens)
-        shape = (B, H, tiles, tokens * S)
-        sides = tiling.power_of_two(tokens), tiling.power_of_two(S)
-        units = tiling.walk_units(sides[0] * sides[1])
-        return launch.launch(
-            kernels.walk, first_keys,
-            outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3])],
-            programs=-(-tiles // units) * H * B, warps=4, stages=1, flops=0,
-            T=T, H=H, S=S, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
-        )  # fmt: skip
-
-    return Walks(*launch.fold_vmap(run)(first_keys))
-
-
 def _constants(query: Array, value: Array, spec: Spec) -> dict:
     (_, T, N, K), (_, C, H, V) = query.shape, value.shape
     return {
-        "T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "SCALE": spec.scale, "PRECISION": spec.precision,
-        "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V),
+        "T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "SCALE": spec.scale, "WINDOW": spec.window_size,
+        "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V), "PRECISION": spec.precision,
     }  # fmt: skip
 
 
@@ -169,50 +128,53 @@ def _columns(constants: dict) -> int:
     return sum(constants["K_PARTS"]) + sum(constants["V_PARTS"])
 
 
-def _tokens_and_tile(kernel, choose, constants: dict, spec: Spec, dtype) -> tuple[int, tiling.Tile]:
+def _walking(kernel, choose_tile, constants: dict, spec: Spec, dtype) -> tuple[int, tiling.Tile]:
     """Tokens per tile of a walking kernel, and the tile."""
-    tile = choose(launch.capability_of(kernel), _columns(constants), dtype.itemsize, constants["G"], spec.block_size)
-    return max(1, min(32, tile.rows // constants["G"])), tile
+    tile = choose_tile(launch.capability_of(kernel), _columns(constants), dtype.itemsize, constants["G"], spec.block_size)
+    return max(1, min(16, tile.rows // constants["G"])), tile
 
 
-def forward(query: Array, key: Array, value: Array, choice: Choice, spec: Spec) -> tuple[Array, Array]:
-    """(output [B, T, N, V], lse float32 [B, T, N])."""
+def _wanted(choice: Choice) -> int:
+    """The most blocks a query wants."""
+    return choice.selected.shape[3] + choice.touched.shape[2]
+
+
+def forward(query: Array, key: Array, value: Array, choice: Choice, spec: Spec) -> list[tuple[Array, Array]]:
+    """(output [B, T, N, V], lse float32 [B, T, N]) of the selected branch, and of the sliding one if spec has a window."""
     from nsa_jax.kernels import selected as kernels
 
     constants = _constants(query, value, spec)
-    S = choice.first_keys.shape[3]
-    tokens, tile = _tokens_and_tile(kernels.forward, tiling.selected_forward, constants, spec, query.dtype)
-    walks = _walks(choice.first_keys, tokens)
+    S = _wanted(choice)
+    tokens, tile = _walking(kernels.forward, tiling.selected_forward, constants, spec, query.dtype)
 
     def run(query, *arrays):
         B, T, N, K = query.shape
         H, V = arrays[1].shape[2:]
         tiles = -(-T // tokens)
+        branch = jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)
+        placeholder = [jax.ShapeDtypeStruct((B,) + (1,) * (len(x.shape) - 1), x.dtype) for x in branch]
         return launch.launch(
             kernels.forward, query, *arrays,
-            outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
+            outputs=(*branch, *(branch if spec.window_size else placeholder)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * (K + V),
-            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles, **constants,
+            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles,
+            **constants,
         )  # fmt: skip
 
-    output, lse = launch.fold_vmap(run)(query, key, value, choice.place, *walks)
-    return output, lse
+    output, lse, *sliding = launch.fold_vmap(run)(query, key, value, choice.place, *walks(choice, tokens))
+    return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array,
-    choice: Choice, spec: Spec,
-) -> Array:  # fmt: skip
-    """d_query [B, T, N, K], for the output cotangent weight * d_output; delta [B, T, N] is rowsum(d_output * output)."""
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], choice: Choice, spec: Spec
+) -> Array:
+    """d_query [B, T, N, K]; branches as `forward` gives them."""
     from nsa_jax.kernels import selected as kernels
 
     constants = _constants(query, value, spec)
-    S = choice.first_keys.shape[3]
-    tokens, tile = _tokens_and_tile(
-        kernels.backward_query, tiling.selected_backward_query, constants, spec, query.dtype
-    )
-    walks = _walks(choice.first_keys, tokens)
+    S = _wanted(choice)
+    tokens, tile = _walking(kernels.backward_query, tiling.selected_backward_query, constants, spec, query.dtype)
 
     def run(*arrays):
         B, T, N, K = arrays[0].shape
@@ -223,39 +185,39 @@ def backward_query(
             outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype),),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * (2 * K + V),
-            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles, **constants,
+            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles,
+            **constants,
         )  # fmt: skip
 
-    (d_query,) = launch.fold_vmap(run)(query, key, value, d_output, lse, delta, weight, choice.place, *walks)
+    (d_query,) = launch.fold_vmap(run)(
+        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *walks(choice, tokens)
+    )
     return d_query
 
 
 def backward_key_value(
-    query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array,
-    choice: Choice, spec: Spec,
-) -> tuple[Array, Array]:  # fmt: skip
-    """(d_key [B, C, H, K], d_value [B, C, H, V]); arguments as in `backward_query`."""
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], choice: Choice, spec: Spec
+) -> tuple[Array, Array]:
+    """(d_key [B, C, H, K], d_value [B, C, H, V]); branches as `forward` gives them."""
     from nsa_jax.kernels import selected as kernels
 
     constants = _constants(query, value, spec)
-    T, S = query.shape[1], choice.first_keys.shape[3]
+    T, S = query.shape[1], _wanted(choice)
     capability = launch.capability_of(kernels.backward_key_value)
     tile = tiling.selected_backward_key_value(capability, _columns(constants), key.dtype.itemsize, spec.block_size)
     chunk = tiling.selected_chunk(capability)
     more = more_items(T, S, chunk)
-    # what several items give is added in float32
-    kind = jnp.float32 if more else key.dtype
+    kind = jnp.float32 if more else key.dtype  # what several items give is added in float32
 
-    def run(query, key, value, d_output, lse, delta, weight, place, begins, *blocks):
+    def run(query, key, value, *arrays):
         B, _, N, K = query.shape
         C, H, V = value.shape[1:]
-        blocks = Blocks(*blocks)
-        items = invert(begins, blocks, chunk)
+        arrays, token_walks, blocks = arrays[:8], Walks(*arrays[8:11]), Blocks(*arrays[11:])
+        items = invert(token_walks, blocks, chunk)
         programs = -(-C // spec.block_size) + more
         shares = spec.block_size // tile.keys
         d_key, d_value, d_key_more, d_value_more = launch.launch(
-            kernels.backward_key_value, query, key, value, d_output, lse, delta, weight, place, *items,
-            blocks.begin, blocks.end, blocks.count,
+            kernels.backward_key_value, query, key, value, *arrays, *items, blocks.begin, blocks.end, blocks.count,
             outputs=(
                 *(jax.ShapeDtypeStruct((B, C, H, width), kind) for width in (K, V)),
                 *(jax.ShapeDtypeStruct((B, H, max(more, 1), spec.block_size, width), jnp.float32) for width in (K, V)),
@@ -268,24 +230,23 @@ def backward_key_value(
         if not more:
             return d_key, d_value
         return [
-            _combine(first, rest, items.item_first, blocks, tile.keys, key.dtype)
+            _combine(first, rest, items.item_first, blocks, key.dtype)
             for first, rest in ((d_key, d_key_more), (d_value, d_value_more))
         ]
 
-    begins = _walks(choice.first_keys, 1).begins
     d_key, d_value = launch.fold_vmap(run)(
-        query, key, value, d_output, lse, delta, weight, choice.place, begins, *choice.blocks
+        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *walks(choice, 1), *choice.blocks
     )
     return d_key, d_value
 
 
-def _combine(first: Array, rest: Array, item_first: Array, blocks: Blocks, keys: int, dtype) -> Array:
+def _combine(first: Array, rest: Array, item_first: Array, blocks: Blocks, dtype) -> Array:
     """first [B, C, H, D] plus what the further items of each block hold in rest [B, H, MORE, block_size, D], in `dtype`."""
     from nsa_jax.kernels import selected as kernels
 
     B, C, H, D = first.shape
     more, block_size = rest.shape[2:4]
-    programs = -(-C // block_size)
+    programs, keys = -(-C // block_size), 16
     (total,) = launch.launch(
         kernels.combine, first, rest, item_first, blocks.begin, blocks.end, blocks.count,
         outputs=(jax.ShapeDtypeStruct(first.shape, dtype),),
@@ -298,20 +259,20 @@ def _combine(first: Array, rest: Array, item_first: Array, blocks: Blocks, keys:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(spec: Spec, query: Array, key: Array, value: Array, choice: Choice) -> tuple[Array, Array]:
-    """(output [B, T, N, V], lse float32 [B, T, N]) of attention to the chosen blocks, by the Triton kernels."""
-    return forward(query, key, value, choice, spec)
+    """(output [B, T, N, V], lse float32 [B, T, N]) of attention to the selected blocks, by the Triton kernels."""
+    return forward(query, key, value, choice, spec)[0]
 
 
 def _attend_forward(spec, query, key, value, choice):
-    output, lse = name_residuals("selected", *forward(query, key, value, choice, spec))
+    output, lse = name_residuals("selected", *forward(query, key, value, choice, spec)[0])
     return (output, lse), (query, key, value, choice, output, lse)
 
 
 def _attend_backward(spec, residuals, cotangents):
     query, key, value, choice, output, lse = residuals
     d_output, d_lse = cotangents
-    delta = ungated_delta(d_output, d_lse, output, lse)
-    arguments = (query, key, value, d_output, lse, delta, jnp.ones_like(lse), choice, spec)
+    rows = Rows(lse, ungated_delta(d_output, d_lse, output, lse), jnp.ones_like(lse))
+    arguments = (query, key, value, d_output, [rows], choice, spec)
     return backward_query(*arguments), *backward_key_value(*arguments), None
 
 

@@ -51,6 +51,8 @@ _INTERVAL_BACKWARD_QUERY = (
     Tile(16, 16, 4, 1),
 )
 _INTERVAL_BACKWARD_KEY_VALUE = (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+# exact float32 products are no tensor-core products: a thread's share of a larger tile does not fit its registers
+_INTERVAL_FLOAT32 = (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1))
 _INTERVAL_INTERPRETED = Tile(64, 32, 4, 1)
 
 
@@ -63,7 +65,7 @@ def interval_forward(capability: int, columns: int, itemsize: int) -> Tile:
     """Tile of kernels/interval.py forward; columns: key plus value columns."""
     if capability == INTERPRETER:
         return _INTERVAL_INTERPRETED
-    tiles = _INTERVAL_FORWARD if itemsize == 2 else _INTERVAL_FORWARD[2:]
+    tiles = _INTERVAL_FORWARD if itemsize == 2 else _INTERVAL_FLOAT32
     return _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
@@ -71,7 +73,7 @@ def interval_backward_query(capability: int, columns: int, itemsize: int) -> Til
     """Tile of kernels/interval.py backward_query; columns: key plus value columns."""
     if capability == INTERPRETER:
         return _INTERVAL_INTERPRETED
-    tiles = _INTERVAL_BACKWARD_QUERY if itemsize == 2 else _INTERVAL_BACKWARD_QUERY[2:]
+    tiles = _INTERVAL_BACKWARD_QUERY if itemsize == 2 else _INTERVAL_FLOAT32
 
     def footprint(t):
         return itemsize * (columns * (t.rows + _copies(capability, t.stages) * t.keys) + t.rows * t.keys)
@@ -83,7 +85,7 @@ def interval_backward_key_value(capability: int, columns: int, itemsize: int) ->
     """Tile of kernels/interval.py backward_key_value; columns: key plus value columns."""
     if capability == INTERPRETER:
         return _INTERVAL_INTERPRETED
-    tiles = _INTERVAL_BACKWARD_KEY_VALUE if itemsize == 2 else _INTERVAL_BACKWARD_KEY_VALUE[1:]
+    tiles = _INTERVAL_BACKWARD_KEY_VALUE if itemsize == 2 else _INTERVAL_FLOAT32
 
     def footprint(t):
         return itemsize * (columns * (t.keys + _copies(capability, t.stages) * t.rows) + 2 * t.rows * t.keys)
@@ -107,41 +109,38 @@ def walk_units(entries: int) -> int:
     return max(1, 2048 // entries)
 
 
-_SELECTED = (
-    Tile(16, 128, 4, 1),
-    Tile(16, 64, 1, 2),
-    Tile(16, 64, 2, 1),
-    Tile(16, 32, 2, 2),
-    Tile(16, 32, 2, 1),
-    Tile(16, 16, 2, 1),
-)
+_SELECTED_FORWARD = (Tile(16, 64, 1, 2), Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
+_SELECTED_BACKWARD_QUERY = (Tile(16, 64, 2, 2), Tile(16, 32, 2, 2), Tile(16, 16, 2, 2), Tile(16, 16, 2, 1))
 _SELECTED_BACKWARD_KEY_VALUE = (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+_SELECTED_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 
 
 def _walking(tiles, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    """The first tile that fits, its rows and warps grown with the group and the width (the tables are for G = 16)."""
     rows = max(16, power_of_two(group))
     if capability == INTERPRETER:
         return Tile(rows, min(block_size, 32), 4, 1)
-    fitting = tuple(t._replace(rows=rows) for t in tiles if t.keys <= block_size)
-    return _fit(fitting, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
+    growth = rows // 16 * max(1, power_of_two(columns) // 256)
+    grown = (t._replace(rows=rows, warps=min(8, t.warps * growth)) for t in tiles if t.keys <= block_size)
+    return _fit(tuple(grown), capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
 def selected_forward(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
     """Tile of kernels/selected.py forward; columns: key plus value columns."""
-    return _walking(_SELECTED[1:], capability, columns, itemsize, group, block_size)
+    return _walking(_SELECTED_FORWARD, capability, columns, itemsize, group, block_size)
 
 
 def selected_backward_query(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
     """Tile of kernels/selected.py backward_query; columns: key plus value columns."""
-    return _walking(_SELECTED[1:], capability, columns, itemsize, group, block_size)
+    return _walking(_SELECTED_BACKWARD_QUERY, capability, columns, itemsize, group, block_size)
 
 
 def selected_backward_key_value(capability: int, columns: int, itemsize: int, block_size: int) -> Tile:
     """Tile of kernels/selected.py backward_key_value; columns: key plus value columns."""
-    tiles = _SELECTED_BACKWARD_KEY_VALUE if itemsize == 2 else _SELECTED_BACKWARD_KEY_VALUE[1:]
-    tiles = tuple(t for t in tiles if t.keys <= block_size)
     if capability == INTERPRETER:
         return Tile(32, min(block_size, 32), 4, 1)
+    tiles = _SELECTED_BACKWARD_KEY_VALUE if columns <= 256 else _SELECTED_BACKWARD_KEY_VALUE_WIDE
+    tiles = tuple(t for t in tiles if t.keys <= block_size and (itemsize == 2 or t.keys <= 32))
     return _fit(tiles, capability, lambda t: itemsize * (columns * (t.keys + t.stages * t.rows) + 2 * t.rows * t.keys))
 
 
@@ -152,7 +151,7 @@ def selected_chunk(capability: int) -> int:
 
 
 class SelectionTile(NamedTuple):
-    """tokens, heads: a side of queries; keys: the other side; parts: key tiles in a chunk; entries: of a token's list."""
+    """tokens, heads: the side of queries; keys: the other; parts: key tiles in a chunk; entries: in a token's list."""
 
     tokens: int
     heads: int
@@ -172,12 +171,17 @@ def selection(capability: int, columns: int, itemsize: int, group: int, count: i
     """Tile of kernels/selection.py; columns: key columns, count: most blocks to select, share: strides in a block."""
     heads, entries = power_of_two(group), max(32, power_of_two(max(count, 1)))
     if capability == INTERPRETER:
-        tile, blocks = Tile(32, 16, 4, 1), 32
+        tile, blocks = Tile(64, 32, 4, 1), 32
     else:
-        tiles, blocks = _SELECTION if itemsize == 2 else _SELECTION[2:], _SELECTION_BLOCKS
+        tiles, blocks = _SELECTION if itemsize == 2 else _SELECTION[3:], _SELECTION_BLOCKS
         tile = _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys) + _SELECTION_SCRATCH)
     tokens = max(1, min(16, tile.rows // heads, 4096 // entries))
     keys = max(tile.keys, share)
     return SelectionTile(
         tokens, max(heads, 16 // tokens), keys, max(1, blocks * share // keys), entries, tile.warps, tile.stages
     )
+
+
+def selected_does_sliding(window_size: int, block_size: int) -> bool:
+    """Whether one pass over the selected blocks does a sliding window too: worth it while the window touches two blocks."""
+    return 0 < window_size <= block_size + 1

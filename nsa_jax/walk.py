@@ -1,0 +1,107 @@
+"""From chosen blocks to what the kernels of the selected branch walk."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import launch, segments, tiling
+from nsa_jax.segments import Blocks
+
+Array = jax.Array
+
+NOWHERE = 2**31 - 1  # stands for "no block" among first keys
+
+
+class Choice(NamedTuple):
+    """Which blocks of keys the queries want.
+
+    Attributes:
+        selected: int32 [B, T, H, S], the row index of the first key of each selected block, NOWHERE where none; any order,
+            repeats allowed.
+        touched: int32 [B, T, X], likewise the blocks that the query's sliding window touches; X is 0 without one.
+        place: int32 [B, T], the query's index in the key row.
+        blocks: the blocks of the key row.
+    """
+
+    selected: Array
+    touched: Array
+    place: Array
+    blocks: Blocks
+
+
+class Walks(NamedTuple):
+    """The blocks that tiles of tokens walk, see kernels/walk.py.
+
+    Attributes:
+        begins: int32 [B, H, tiles, tokens * (S + X)], first keys, ascending, without repeats, NOWHERE after the last.
+        members: int32, likewise, which tokens of the tile want the block.
+        counts: int32 [B, H, tiles], the blocks of a walk.
+    """
+
+    begins: Array
+    members: Array
+    counts: Array
+
+
+def choose(
+    block_indices: Array, block_counts: Array | None, segment_ids: Array | None, block_size: int, window_size: int = 0
+) -> Choice:
+    """The Choice that selected blocks and a sliding window make, where query i stands at key i.
+
+    Args:
+        block_indices: int32 [B, T, H, S], relative to the segment, see `selected_attention`.
+        block_counts: int32 () or [B, T, H], how many of the first entries count; None for all.
+        segment_ids: int32 [B, T] or None.
+        block_size: tokens in a block.
+        window_size: tokens in the sliding window; 0 for none.
+    """
+    B, T = block_indices.shape[:2]
+    tokens = segments.layout(segment_ids, B, T)
+    own = tokens.position // block_size
+    keep = (block_indices >= 0) & (block_indices <= own[:, :, None, None]) & tokens.valid[:, :, None, None]
+    if block_counts is not None:
+        counts = jnp.broadcast_to(block_counts, block_indices.shape[:3])
+        keep &= jax.lax.broadcasted_iota(jnp.int32, block_indices.shape, 3) < counts[..., None]
+    selected = tokens.start[:, :, None, None] + jnp.where(keep, block_indices, 0) * block_size
+
+    back = jnp.arange(_blocks_touched(window_size, block_size), dtype=jnp.int32)
+    near = own[..., None] - back[None, None, :]
+    earliest = jnp.maximum(tokens.position - (window_size - 1), 0) // block_size
+    reached = (near >= earliest[..., None]) & tokens.valid[..., None]
+    touched = tokens.start[..., None] + near * block_size
+    return Choice(
+        selected=jnp.where(keep, selected, NOWHERE),
+        touched=jnp.where(reached, touched, NOWHERE),
+        place=tokens.start + tokens.position,
+        blocks=segments.blocks(tokens, block_size, segments.most_blocks(segment_ids, T, block_size)),
+    )
+
+
+def _blocks_touched(window_size: int, block_size: int) -> int:
+    """The most blocks that a window touches."""
+    return 1 + (window_size + block_size - 2) // block_size if window_size else 0
+
+
+def walks(choice: Choice, tokens: int) -> Walks:
+    """The Walks of tiles of `tokens` tokens, at most 16."""
+    from nsa_jax.kernels import walk as kernels
+
+    B, T, H, chosen = choice.selected.shape
+    touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
+    first_keys = jnp.concatenate([choice.selected, touched], axis=3)
+
+    def run(first_keys):
+        B, T, H, S = first_keys.shape
+        tiles = -(-T // tokens)
+        shape = (B, H, tiles, tokens * S)
+        sides = tiling.power_of_two(tokens), tiling.power_of_two(S)
+        units = tiling.walk_units(sides[0] * sides[1])
+        return launch.launch(
+            kernels.walk, first_keys,
+            outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3])],
+            programs=-(-tiles // units) * H * B, warps=4, stages=1, flops=0,
+            T=T, H=H, S=S, CHOSEN=chosen, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
+        )  # fmt: skip
+
+    return Walks(*launch.fold_vmap(run)(first_keys))
