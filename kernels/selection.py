@@ -1,14 +1,14 @@
 """Online top-k selection: the blocks that each query attends to, from scores that never leave the chip.
 
 Shapes: query [B, T, N, K]; compressed_key [B, C, H, K]; lse [B, T, N]; N = H * G. A query's segment is known by the row
-index it begins at, and query t of row b sees the windows in the slots [key_begin[b, t], key_end[b, t]): where a query
-stands is data, a kernel never assumes that query i stands at key i. Windows and blocks count from the segment's first, so
-that blocks line up.
+index it begins at, and query t of row b sees the windows in the slots [key_begin[b, t], key_end[b, t]): where a
+query stands is data, a kernel never assumes that query i stands at key i. Windows and blocks count from the segment's
+first, so that blocks line up.
 
-A tile is TOKENS consecutive tokens by the HEADS (G, padded) of one group. It walks the windows of its segment, sums their
-probabilities over the group, then over each block, and keeps a list of the best blocks per token. A list entry is a
-block and its rank: the bits of its importance, which as integers order as the importances do. Forced blocks enter the
-list first, so that only blocks before them are scored: candidates for what room is left.
+A tile is TOKENS consecutive tokens by the HEADS (G, padded) of one group. It walks the windows of its segment, sums
+their probabilities over the group, then over each block, and keeps a list of the best blocks per token. A list entry is
+a block and its rank: the bits of its importance, which as integers order as the importances do. Forced blocks enter
+the list first, so that only blocks before them are scored: candidates for what room is left.
 """
 
 import triton
@@ -39,8 +39,8 @@ def _group_probability(
 def _over_blocks(p, TOKENS: tl.constexpr, KEYS: tl.constexpr, SHARE: tl.constexpr, REACH: tl.constexpr):
     """p [TOKENS, KEYS] to what its windows give to their own blocks and to the next ones, each [TOKENS, KEYS // SHARE].
 
-    A block is SHARE strides, a window REACH: the i-th window of a block shares min(REACH, SHARE - i) of them with it, the
-    rest with the next block.
+    A block is SHARE strides, a window REACH: the i-th window of a block shares min(REACH, SHARE - i) of them with it,
+    the rest with the next block.
     """
     i = tl.arange(0, SHARE)[None, None, :]
     windows = tl.reshape(p, [TOKENS, KEYS // SHARE, SHARE])
@@ -100,8 +100,8 @@ def select(
 ):  # fmt: skip
     """block_indices int32 [B, T, H, S], ascending, then -1; count [B, T, H] is how many to choose. Grid: H * TILES * B.
 
-    own_block [B, T] is the block of its segment that holds the token; SHARE and REACH are the strides in a block and in a
-    window.
+    own_block [B, T] is the block of its segment that holds the token; SHARE and REACH are the strides in a block and in
+    a window.
     """
     program = tl.program_id(0)
     head = program % H

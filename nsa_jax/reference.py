@@ -39,12 +39,17 @@ def sliding_window_attention(
         output [B, T, N, V] in the query's dtype, lse float32 [B, T, N].
     """
     query, key, value = (segments.clear_padding(x, segment_ids) for x in (query, key, value))
-    seen = segments.sliding_intervals(segments.layout(segment_ids, *query.shape[:2]), window_size)
+    batch, length = query.shape[:2]
+    seen = segments.sliding_intervals(segments.layout(segment_ids, batch, length), window_size)
+    index = jnp.broadcast_to(_index(length, 2), (batch, length))
 
-    def chunk(query, begin, end):
-        return _attend(query, key, value, _within(begin, end, key.shape[1])[:, None], scale)
+    def chunk(query, index, begin, end):
+        span = min(length, query.shape[1] + max(window_size, 1) - 1)  # keys that the chunk's windows touch
+        first = jnp.clip(index[0, 0] - (window_size - 1), 0, length - span)
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, span, axis=1) for x in (key, value))
+        return _attend(query, keys, values, _within(begin - first, end - first, span)[:, None], scale)
 
-    return _over_queries(chunk, query, seen.key_begin, seen.key_end)
+    return _over_queries(chunk, query, index, seen.key_begin, seen.key_end)
 
 
 def compressed_attention(

@@ -27,9 +27,9 @@ def select_blocks(
     """The blocks of its segment that each query is to attend to, one list for all heads of a group.
 
     The importance of a block is the compressed probability of the windows, summed over the G heads of the group, each
-    window weighted by the strides it shares with the block. Always taken are, in this order where there is room for few,
-    the query's own block, the num_local_blocks - 1 before it and the first num_init_blocks; then the blocks of most
-    importance, of equal ones the smaller index.
+    window weighted by the strides it shares with the block. Always taken are, in this order where there is room for
+    few, the query's own block, the num_local_blocks - 1 before it and the first num_init_blocks; then the blocks
+    of most importance, of equal ones the smaller index.
 
     Source: Yuan et al. 2025, arXiv 2502.11089, equations 8 to 11.
 

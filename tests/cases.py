@@ -1,0 +1,75 @@
+"""What the tests of the ops share: inputs, packings, and comparison of outputs and gradients."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Float32 sums of some hundred products in another order: 2^-24 times about 100, relative to the largest element.
+TOLERANCE = 1e-5
+
+
+def normal(seed, *shape, dtype=np.float32):
+    """Independent standard normal numbers."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def qkv(seed, B, T, N, H, K, V, C=None, dtype=np.float32):
+    """Query [B, T, N, K], key [B, C, H, K], value [B, C, H, V]; C is T unless given."""
+    C = T if C is None else C
+    shapes = ((B, T, N, K), (B, C, H, K), (B, C, H, V))
+    return tuple(normal(seed + i, *shape, dtype=dtype) for i, shape in enumerate(shapes))
+
+
+def row(T, *runs):
+    """Segment ids [T] from runs (id, length); the last is cut, or stretched, to end at T."""
+    ids = np.concatenate([np.full(length, number, np.int32) for number, length in runs])[:T]
+    return np.concatenate([ids, np.full(T - len(ids), runs[-1][0], np.int32)])
+
+
+def packing(T):
+    """Segment ids [2, T]: padding at both ends and in the middle, segments of length 1, any ends; a row of padding."""
+    third = max(T // 3, 1)
+    mixed = row(
+        T, (-1, 2), (4, 1), (5, 1), (4, third), (-7, 3), (-1, 2), (0, third), (9, max(T - 2 * third - 13, 1)), (-1, 4)
+    )
+    return jnp.asarray(np.stack([mixed, np.full(T, -1, np.int32)]))
+
+
+def spans(ids):
+    """[(start, stop)] of the segments of a row of ids, padding left out."""
+    edges = [0, *(t for t in range(1, len(ids)) if ids[t] != ids[t - 1]), len(ids)]
+    return [(start, stop) for start, stop in itertools.pairwise(edges) if ids[start] >= 0]
+
+
+def run(attend, arrays, seed=100, cotangents=None):
+    """(output, lse, *gradients) of attend(*arrays) -> (output, lse), for random cotangents of both."""
+
+    @jax.jit
+    def everything(arrays, cotangents):
+        results, pullback = jax.vjp(attend, *arrays)
+        return *results, *pullback(cotangents)
+
+    if cotangents is None:
+        output, lse = jax.eval_shape(attend, *arrays)
+        cotangents = normal(seed, *output.shape, dtype=output.dtype), normal(seed + 1, *lse.shape)
+    return everything(arrays, cotangents)
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+    """Arrays equal up to `tolerance` of the largest expected element, infinities exactly."""
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape and a.dtype == e.dtype
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        infinite = np.isinf(e)
+        np.testing.assert_array_equal(a[infinite], e[infinite], err_msg=f"result {i}")
+        a, e = a[~infinite], e[~infinite]
+        error = np.abs(a - e).max(initial=0.0)
+        assert error <= tolerance * max(1.0, np.abs(e).max(initial=0.0)), f"result {i}: off by {error}"
+
+
+def assert_same_bits(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e))

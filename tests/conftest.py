@@ -1,0 +1,24 @@
+"""Where the tests run, set before JAX and Triton are imported: on an NVIDIA GPU if there is one, else on the CPU."""
+
+import os
+import pathlib
+import shutil
+
+ON_GPU = pathlib.Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+if not ON_GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import jax  # noqa: E402 - after the environment is set
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 2)  # for shard_map
+
+
+def pytest_collection_modifyitems(items):
+    if not ON_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -1,0 +1,153 @@
+"""Lowers and compiles every op, forward and backward, for one NVIDIA architecture on a host that needs no GPU.
+
+A script, run by test_lowering.py in a process of its own, since Triton's interpreter must be off. It prints JSON: the
+facts about each op and width. To add an op, add a row to OPS.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+B, T, N, H, BLOCK = 1, 65536, 4, 2, 64
+WIDTHS = ((64, 64), (128, 128), (192, 128))
+
+
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def qkv(K, V, C=T):
+    return struct(B, T, N, K), struct(B, C, H, K), struct(B, C, H, V)
+
+
+SEGMENT_IDS = struct(B, T, dtype=jnp.int32)
+
+
+def sliding(K, V):
+    import nsa_jax
+
+    def function(query, key, value, segment_ids):
+        return nsa_jax.sliding_window_attention(
+            query, key, value, window_size=512, segment_ids=segment_ids, implementation="triton"
+        )
+
+    return function, (*qkv(K, V), SEGMENT_IDS)
+
+
+def compressed(K, V):
+    import nsa_jax
+
+    def function(query, key, value, segment_ids):
+        return nsa_jax.compressed_attention(
+            query, key, value, window=BLOCK, stride=BLOCK, segment_ids=segment_ids, implementation="triton"
+        )
+
+    return function, (*qkv(K, V, C=T // BLOCK), SEGMENT_IDS)
+
+
+def native(K, V):
+    import nsa_jax
+
+    def function(query, key, value, compressed_gate, selected_gate, sliding_gate, segment_ids):
+        return nsa_jax.native_sparse_attention(
+            query,
+            key,
+            value,
+            compressed_gate=compressed_gate,
+            selected_gate=selected_gate,
+            sliding_gate=sliding_gate,
+            block_size=BLOCK,
+            segment_ids=segment_ids,
+            implementation="triton",
+        )
+
+    return function, (*qkv(K, V), *[struct(B, T, N)] * 3, SEGMENT_IDS)
+
+
+# name -> (K, V) -> (function of arrays, their shapes and dtypes); gradients are taken where the output is a float
+OPS = {
+    "sliding_window_attention": sliding,
+    "compressed_attention": compressed,
+    "native_sparse_attention": native,
+}
+
+
+def with_gradients(function):
+    """`function` that also returns the gradients of sum(output ** 2) / 2 for its float arguments."""
+
+    def everything(*arrays):
+        floats = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+        def of_floats(*values):
+            return function(*(values[floats.index(i)] if i in floats else x for i, x in enumerate(arrays)))
+
+        if not jnp.issubdtype(jax.eval_shape(function, *arrays).dtype, jnp.floating):
+            return function(*arrays)
+        output, pullback = jax.vjp(of_floats, *(arrays[i] for i in floats))
+        return output, pullback(output)
+
+    return everything
+
+
+def export(function, arrays):
+    """The function exported for CUDA."""
+    import jax_triton
+
+    allowed = jax.export.DisabledSafetyCheck.custom_call(jax_triton.CUSTOM_CALL_TARGET_NAME)
+    return jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[allowed])(*arrays)
+
+
+def largest_tensor(module: str) -> int:
+    """Elements of the largest tensor type in a StableHLO module."""
+    shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", module)
+    return max(math.prod(map(int, shape.rstrip("x").split("x"))) for shape in shapes)
+
+
+def compiled(folder: pathlib.Path) -> list[dict]:
+    """Of every kernel in JAX_TRITON_DUMP_DIR the name, shared memory in bytes, and what ptxas has against its PTX."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    facts = []
+    for info in folder.glob("*/*.compile_info"):
+        name, shared = re.fullmatch(r"(\w+): shared_mem_bytes: (\d+)\s*", info.read_text()).groups()
+        ptx = info.with_suffix(".ptx")
+        target = re.search(r"^\.target (sm_(\d+)\w*)", ptx.read_text(), re.MULTILINE)
+        ptxas = get_ptxas(int(target[2])).path
+        command = [ptxas, "-O1", f"--gpu-name={target[1]}", str(ptx), "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        facts.append(
+            {"name": name, "shared": int(shared), "target": target[1], "error": done.stderr if done.returncode else ""}
+        )
+    return facts
+
+
+def facts_about(function, arrays) -> dict:
+    exported = export(with_gradients(function), arrays)
+    restored = jax.export.deserialize(exported.serialize())
+    again = export(restored.call, arrays)
+    return {
+        "kernels": exported.mlir_module().count("stablehlo.custom_call @triton_kernel_call"),
+        "kernels_restored": again.mlir_module().count("stablehlo.custom_call @triton_kernel_call"),
+        "largest": largest_tensor(exported.mlir_module()),
+        "inputs": sorted(exported.module_kept_var_idx),
+        "arguments": len(arrays),
+    }
+
+
+def main(capability: int, names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"NSA_JAX_COMPUTE_CAPABILITY": str(capability), "JAX_TRITON_DUMP_DIR": folder}
+        ops = {f"{name} {K}/{V}": facts_about(*OPS[name](K, V)) for name in names or OPS for K, V in WIDTHS}
+        print(json.dumps({"ops": ops, "compiled": compiled(pathlib.Path(folder))}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

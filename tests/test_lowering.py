@@ -1,0 +1,77 @@
+"""What the ops become for NVIDIA GPUs, on a host that needs none: see lowering.py."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import lowering
+import pytest
+
+from nsa_jax.tiling import SHARED_MEMORY
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def script(*arguments, **environment):
+    """The standard output of a Python process on the CPU, in which Triton compiles and does not interpret."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=FOLDER, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+# native_sparse_attention has every kernel there is, so the ops by themselves need one architecture
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [(90, [name for name in lowering.OPS if name != "native_sparse_attention"])]
+    + [(capability, ["native_sparse_attention"]) for capability in (80, 89, 90, 100, 120)],
+)
+def test_forward_and_backward_compile(capability, names):
+    facts = json.loads(script("lowering.py", str(capability), *names))
+
+    assert set(facts["ops"]) == {f"{name} {K}/{V}" for name in names for K, V in lowering.WIDTHS}
+    for name, op in facts["ops"].items():
+        assert op["kernels"] > 0, name
+        # an exported function is the same after serialisation
+        assert op["kernels_restored"] == op["kernels"], name
+        # no argument, segment ids among them, has become a constant
+        assert op["inputs"] == list(range(op["arguments"])), name
+        # nothing of the size of T x T / BLOCK a head: the activations are smaller
+        assert op["largest"] < lowering.B * lowering.H * lowering.T * (lowering.T // lowering.BLOCK), name
+
+    assert facts["compiled"]
+    for kernel in facts["compiled"]:
+        assert not kernel["error"], kernel
+        assert kernel["target"].removesuffix("a") == f"sm_{capability}"
+        assert kernel["shared"] <= 1024 * SHARED_MEMORY[capability], kernel
+
+
+def test_largest_tensor():
+    assert lowering.largest_tensor("tensor<4x8xf32>, tensor<2x3x16xi32>, tensor<7xi1>, tensor<f32>") == 96
+
+
+PLACED_ON_A_CPU = """
+import jax, jax.numpy as jnp, nsa_jax
+x = jnp.ones((1, 16, 1, 16))
+try:
+    nsa_jax.sliding_window_attention(x, x, x, window_size=4, implementation="triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_triton_on_a_cpu_says_what_is_missing():
+    message = script("-c", PLACED_ON_A_CPU)
+    assert "placed on a CPU" in message
+    assert "implementation='xla'" in message
+
+
+def test_import_leaves_triton_alone():
+    imported = script("-c", "import sys, nsa_jax; print(*sys.modules)").split()
+    assert "nsa_jax" in imported
+    assert not {"triton", "jax_triton", "flax"} & set(imported)

@@ -1,0 +1,198 @@
+"""Selection: the Triton kernel against plain jnp, forced blocks, ties, packing and transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_same_bits, normal, packing, qkv, row, spans
+
+from nsa_jax import compressed_attention, select_blocks
+
+# packed, T, G, H, K, block_size, window, stride, S
+CASES = [
+    (False, 1, 1, 1, 16, 64, 64, 64, 4),
+    (True, 17, 32, 1, 16, 16, 8, 4, 1),
+    (False, 63, 6, 1, 100, 16, 16, 8, 3),
+    (True, 63, 16, 1, 8, 32, 32, 32, 16),
+    (True, 63, 8, 1, 192, 16, 4, 1, 2),
+    (False, 100, 3, 2, 4, 16, 16, 16, 3),
+    (True, 100, 3, 2, 4, 16, 16, 16, 3),
+    (False, 257, 4, 1, 16, 64, 32, 16, 3),
+    (True, 257, 4, 1, 16, 32, 16, 8, 3),
+    (True, 257, 1, 1, 16, 16, 16, 16, 4),
+    (False, 300, 2, 1, 16, 128, 128, 64, 2),
+]
+
+
+def arrays(seed, B, T, N, H, K, window, stride, segment_ids=None):
+    """Query, compressed keys and the lse of the compressed branch; random, so that importances are distinct."""
+    query, key, value = qkv(seed, B, T, N, H, K, 4, C=T // stride)
+    options = {"window": window, "stride": stride, "segment_ids": segment_ids}
+    _, lse = compressed_attention(query, key, value, implementation="xla", return_residual=True, **options)
+    return query, key, lse
+
+
+def select(implementation, **options):
+    return jax.jit(functools.partial(select_blocks, implementation=implementation, **options))
+
+
+def forced(own, num_init, num_local):
+    """The blocks always taken, first those that go first where there is little room."""
+    local = [own - i for i in range(num_local) if own - i >= 0]
+    return local + [j for j in range(num_init) if j <= own and j not in local]
+
+
+def assert_well_formed(indices):
+    """Ascending, no block twice, then only -1."""
+    listed = indices >= 0
+    assert (listed[..., 1:] <= listed[..., :-1]).all()
+    assert (indices[..., 1:] > indices[..., :-1])[listed[..., 1:]].all()
+    assert (indices[~listed] == -1).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case):
+    packed, T, G, H, K, block_size, window, stride, S = case
+    segment_ids = packing(T) if packed else None
+    inputs = arrays(T, 2 if packed else 1, T, G * H, H, K, window, stride, segment_ids)
+    options = {"block_size": block_size, "window": window, "stride": stride, "segment_ids": segment_ids}
+    actual, expected = (np.asarray(select(name, block_counts=S, **options)(*inputs)) for name in ("triton", "xla"))
+    assert actual.shape == (*inputs[0].shape[:2], H, S) and actual.dtype == np.int32
+    assert_well_formed(actual)
+    np.testing.assert_array_equal(actual, expected)
+    if packed:
+        np.testing.assert_array_equal(actual[np.asarray(segment_ids) < 0], -1)
+
+
+def test_several_chunks_and_long_lists():
+    # 38 blocks, more than a chunk holds in the interpreter, with windows across its edge; up to 34 are chosen, in a
+    # list of more than the 32 lanes that hold one of its rows
+    T = 600
+    inputs = arrays(0, 1, T, 2, 1, 16, 16, 8)
+    counts = np.zeros((1, T, 1), np.int32)
+    counts[0, -24:-12], counts[0, -12:] = 5, 34
+    options = {"block_counts": jnp.asarray(counts), "max_block_count": 34, "block_size": 16, "window": 16, "stride": 8}
+    actual, expected = (np.asarray(select(name, **options)(*inputs)) for name in ("triton", "xla"))
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal((actual >= 0).sum(-1), counts)
+
+
+@pytest.mark.parametrize("num_init, num_local", [(0, 1), (1, 3), (2, 2), (3, 1)])
+def test_forced_blocks_and_counts(num_init, num_local):
+    T, H, S, block_size = 100, 1, 4, 16
+    segment_ids = jnp.asarray(row(T, (1, 80), (2, 20)))[None]
+    inputs = arrays(3, 1, T, 2, H, 16, block_size, block_size, segment_ids)
+    counts = np.random.default_rng(num_init).integers(-1, S + 2, (1, T, H)).astype(np.int32)
+    options = {
+        "block_size": block_size, "segment_ids": segment_ids, "block_counts": jnp.asarray(counts), "max_block_count": S,
+        "num_init_blocks": num_init, "num_local_blocks": num_local,
+    }  # fmt: skip
+    actual, expected = (np.asarray(select(name, **options)(*inputs)) for name in ("triton", "xla"))
+    np.testing.assert_array_equal(actual, expected)
+    for t in range(T):
+        own = (t if t < 80 else t - 80) // block_size
+        for h in range(H):
+            count = np.clip(counts[0, t, h], 0, S)
+            listed = actual[0, t, h][actual[0, t, h] >= 0]
+            assert len(listed) == min(count, own + 1) and (listed <= own).all()
+            assert set(forced(own, num_init, num_local)[:count]) <= set(listed)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_ties_go_to_the_smaller_index(implementation):
+    T, block_size, S = 128, 16, 5
+    # whole numbers, exact in any order of summation, and equal keys: equal importances
+    query = jnp.round(normal(4, 1, T, 2, 16))
+    key = jnp.broadcast_to(jnp.round(2 * normal(5, 16)), (1, T // block_size, 1, 16))
+    actual = select(implementation, block_counts=S, block_size=block_size)(query, key, jnp.full((1, T, 2), 5.0))
+    for t in range(T):
+        own = t // block_size
+        expected = forced(own, 1, 2)
+        expected += [j for j in range(own + 1) if j not in expected]
+        expected = sorted(expected[:S])
+        assert list(actual[0, t, 0]) == expected + [-1] * (S - len(expected))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_blocks_of_no_importance_are_candidates(implementation):
+    # an lse so large that every probability underflows to zero
+    query, key, _ = qkv(4, 1, 128, 1, 1, 16, 4, C=8)
+    actual = select(implementation, block_counts=6, block_size=16)(query, key, jnp.full((1, 128, 1), 1e4))
+    np.testing.assert_array_equal(actual[0, -1, 0], [0, 1, 2, 3, 6, 7])
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("S", [0, 2])
+def test_rows_without_windows(implementation, S):
+    query = normal(0, 1, 20, 2, 16)
+    key = jnp.zeros((1, 0, 1, 16))
+    actual = select(implementation, block_counts=S)(query, key, jnp.full((1, 20, 2), -jnp.inf))
+    np.testing.assert_array_equal(actual, np.broadcast_to(np.asarray([0, -1][:S], np.int32), (1, 20, 1, S)))
+
+
+def test_packed_equals_alone():
+    T = 110
+    options = {"block_counts": 3, "block_size": 16, "window": 8, "stride": 4}
+    segment_ids = packing(T)[:1]
+    inputs = arrays(6, 1, T, 4, 1, 16, 8, 4, segment_ids)
+    packed = np.asarray(select("triton", segment_ids=segment_ids, **options)(*inputs))
+    slot = 0
+    for start, stop in spans(np.asarray(segment_ids[0])):
+        slots = (stop - start) // 4
+        windows = max((stop - start - 8) // 4 + 1, 0)
+        key = jnp.pad(inputs[1][:, slot : slot + windows], ((0, 0), (0, slots - windows), (0, 0), (0, 0)))
+        alone = select("triton", **options)(inputs[0][:, start:stop], key, inputs[2][:, start:stop])
+        np.testing.assert_array_equal(packed[:, start:stop], alone)
+        slot += windows
+
+
+def test_nan_on_padding_and_in_empty_slots_stays_there():
+    T = 63
+    segment_ids = packing(T)
+    query, key, lse = arrays(7, 2, T, 4, 2, 16, 8, 4, segment_ids)
+    run = select("triton", block_counts=3, block_size=16, window=8, stride=4, segment_ids=segment_ids)
+    padding = np.asarray(segment_ids < 0)
+    full = sum(max((stop - start - 8) // 4 + 1, 0) for start, stop in spans(np.asarray(segment_ids[0])))
+    empty = np.arange(T // 4) >= np.asarray([[full], [0]])
+    poisoned = (
+        jnp.where(padding[..., None, None], jnp.nan, query),
+        jnp.where(empty[..., None, None], jnp.nan, key),
+        jnp.where(padding[..., None], jnp.nan, lse),
+    )
+    assert_same_bits([run(*poisoned)], [run(query, key, lse)])
+
+
+def test_same_bits_twice():
+    inputs = arrays(8, 2, 70, 6, 2, 16, 16, 16, packing(70))
+    run = select("triton", block_counts=3, block_size=16, segment_ids=packing(70))
+    assert_same_bits([run(*inputs)], [run(*inputs)])
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_transformations(implementation):
+    T = 70
+    options = {"block_counts": 3, "block_size": 16, "segment_ids": packing(T)[:1], "implementation": implementation}
+    inputs = [jnp.stack(pair) for pair in zip(*(arrays(s, 1, T, 2, 1, 16, 16, 16) for s in (8, 9)), strict=True)]
+    expected = jnp.stack([select_blocks(*(x[i] for x in inputs), **options) for i in range(2)])
+    run = functools.partial(select_blocks, **options)
+
+    def loss(query, key, lse):
+        indices = jax.checkpoint(run)(query, key, lse)
+        return jnp.sum(query) * jnp.sum(indices).astype(jnp.float32)
+
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, run(*x)), None, tuple(inputs))
+    assert_same_bits([jax.jit(jax.vmap(run))(*inputs), scanned], [expected, expected])
+    d_query, d_key, d_lse = jax.jit(jax.grad(loss, (0, 1, 2)))(*(x[0] for x in inputs))
+    np.testing.assert_array_equal(d_query, np.full_like(d_query, expected[0].sum()))  # none of it through the selection
+    assert not d_key.any() and not d_lse.any()
+
+
+def test_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    inputs = arrays(10, 2, 40, 2, 1, 16, 16, 16)
+    run = functools.partial(select_blocks, block_counts=2, block_size=16, implementation="triton")
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    assert_same_bits([jax.jit(sharded)(*inputs)], [run(*inputs)])

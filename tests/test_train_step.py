@@ -1,0 +1,107 @@
+"""One step: what counts as a target, compilations, data parallelism."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+from train_cases import CONFIG, with_model
+
+from nsa_jax.linen import NSATransformer
+from nsa_jax.train.packing import END, PADDING, Rows, pack
+from nsa_jax.train.step import init_state, make_mesh, make_optimizer, make_sums, make_train_step, put
+
+MESH = make_mesh(jax.devices()[:1])
+
+
+def random_rows(step, length=32, count=4):
+    """Rows of documents of all lengths, packed anew at every step."""
+    generator = np.random.default_rng(step)
+    documents = [generator.bytes(int(size)) for size in generator.integers(1, 2 * length, 40)]
+    return pack(documents, length).take(generator.permutation(count))
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_fifty_layouts_compile_once_and_the_loss_falls(attention):
+    config = with_model(attention=attention)
+    step, state = make_train_step(config, MESH), init_state(config, MESH)
+    losses = []
+    for number in range(50):
+        state, metrics = step(state, *put(random_rows(number), MESH))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    assert int(state.step) == 50
+    # random bytes: 8 bits, and what the ends of documents give away
+    assert losses[0] == pytest.approx(np.log(259), abs=0.1)
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_targets_are_next_tokens_of_the_same_segment():
+    params = init_state(CONFIG, MESH).params
+    tokens = np.full((1, 32), PADDING, np.int32)
+    segment_ids = np.full((1, 32), -1, np.int32)
+    tokens[0, :9] = [256, 65, 66, END, 256, 67, 68, 69, END]
+    segment_ids[0, :9] = [0] * 4 + [1] * 5
+    nats, targets, num_bytes = jax.jit(make_sums(CONFIG, MESH))(params, *put(Rows(tokens, segment_ids), MESH))
+    assert (float(targets), float(num_bytes)) == (3 + 4, 2 + 3)
+    logits = NSATransformer(CONFIG.model).apply({"params": params}, jnp.asarray(tokens), jnp.asarray(segment_ids))
+    logp = jax.nn.log_softmax(logits[0])
+    expected = -sum(logp[place, tokens[0, place + 1]] for place in (0, 1, 2, 4, 5, 6, 7))
+    np.testing.assert_allclose(nats, expected, rtol=1e-5)  # float32 sums in another order
+
+
+def test_a_row_of_padding_gives_no_nan():
+    config = CONFIG
+    empty = Rows(np.full((4, 32), PADDING, np.int32), np.full((4, 32), -1, np.int32))
+    state, metrics = make_train_step(config, MESH)(init_state(config, MESH), *put(empty, MESH))
+    assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_weight_decay_spares_norms():
+    params = init_state(CONFIG, MESH).params
+    optimizer = make_optimizer(CONFIG)
+    # after the first step of warm-up the rate is no longer 0
+    _, opt_state = optimizer.update(zeros := jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(zeros, opt_state, params)
+    moved = {name: bool(np.any(leaf)) for name, leaf in flatten_dict(updates, sep="/").items()}
+    assert {name for name, any_moved in moved.items() if not any_moved} == {name for name in moved if "scale" in name}
+    assert isinstance(optimizer, optax.GradientTransformation)
+
+
+_TWO_DEVICES = """
+import json, jax, numpy as np
+from train_cases import CONFIG
+from test_train_step import random_rows
+from nsa_jax.train.step import init_state, make_mesh, make_train_step, put
+results = []
+for count in (1, 2):
+    mesh = make_mesh(jax.devices()[:count])
+    step, state = make_train_step(CONFIG, mesh), init_state(CONFIG, mesh)
+    for number in range(3):
+        state, metrics = step(state, *put(random_rows(number), mesh))
+    results.append([float(x) for x in metrics.values()] + [float(abs(x).sum()) for x in jax.tree.leaves(state.params)])
+print(json.dumps(results))
+"""
+
+
+def test_two_devices_take_the_step_of_one():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _TWO_DEVICES], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(done.stdout)
+    # float32 sums in another order, three optimiser steps on
+    np.testing.assert_allclose(one, two, rtol=1e-4)
