@@ -1,11 +1,12 @@
 """Attention in which every query sees one contiguous interval of keys: the compressed and the sliding branch.
 
 Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. Query t of row b sees the keys
-[key_begin[b, t], key_end[b, t]); seen from the other side, key c is seen by the queries [query_begin[b, c], query_end[b, c]).
-Which keys those are is data: a kernel never assumes that query i stands at key i. An empty interval gives output 0 and lse -inf.
+[key_begin[b, t], key_end[b, t]); seen from the other side, key c is seen by the queries [query_begin[b, c],
+query_end[b, c]). Which keys those are is data: a kernel never assumes that query i stands at key i. An empty interval
+gives output 0 and lse -inf.
 
-A row of a tile is one (token, head of the group) pair, row = token * G + head, so the keys of a group are loaded once for
-all its heads and no group size wastes a row. Tiles that every row sees whole skip the mask.
+A row of a tile is one (token, head of the group) pair, row = token * G + head, so the keys of a group are loaded once
+for all its heads and no group size wastes a row. Tiles that every row sees whole skip the mask.
 """
 
 import triton
@@ -24,7 +25,7 @@ def _program(TILES: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _query_rows(tile, row, head, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
-    """Query tile number `tile`: where its first row stands in [B, T, N], and the [ROWS] rows' offsets from there, tokens, reality."""
+    """Query tile number `tile`: its first row's index in [B, T, N]; its rows' offsets from there, tokens, reality."""
     slot = tile * ROWS + tl.arange(0, ROWS)
     token = slot // G
     first = tile * ROWS // G
@@ -170,7 +171,7 @@ def backward_key_value(
     V: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     SPLITS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_key, d_value [SPLITS, B, C, H, K|V]: part s holds what the s-th share of the queries gives. Grid: TILES * SPLITS * H * B."""
+    """d_key, d_value [SPLITS, B, C, H, K|V], one part per share of the queries. Grid: TILES * SPLITS * H * B."""
     program, head, row = _program(TILES * SPLITS, H)
     split = program % SPLITS
     local = tl.arange(0, KEYS)
@@ -198,8 +199,9 @@ def backward_key_value(
             T, H, G, K, V, SCALE, ROWS, False, K_PARTS, V_PARTS, PRECISION,
         )  # fmt: skip
     for i in range(last - first - (upper - lower)):
+        j = _edge_tile(i, first, lower, upper)
         dk, dv = _key_gradients(
-            _edge_tile(i, first, lower, upper), begin, end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
+            j, begin, end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
             T, H, G, K, V, SCALE, ROWS, True, K_PARTS, V_PARTS, PRECISION,
         )  # fmt: skip
     base += split.to(tl.int64) * (B * C * H)

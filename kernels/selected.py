@@ -1,14 +1,14 @@
 """Attention to chosen blocks of keys, the selected branch; with WINDOW > 0 also to a short sliding window.
 
 Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. place [B, T] is the query's index in the key
-row: it sees keys up to there. The forward and the query pass go from the query's side: TOKENS tokens x G heads are the rows
-of a tile, which walks the union of the blocks that its tokens want (walk.py). The key pass goes from the block's side: an
-item is a block and up to CHUNK of the queries that want it, so a block that all want is shared out; what the first item of
-a block gives goes to `d_key`, what the others give to `d_key_more`, and `combine` adds them in a fixed order. No atomics:
-the same inputs give the same bits.
+row: it sees keys up to there. The forward and the query pass go from the query's side: TOKENS tokens x G heads are the
+rows of a tile, which walks the union of the blocks that its tokens want (walk.py). The key pass goes from the block's
+side: an item is a block and up to CHUNK of the queries that want it, so a block that all want is shared out; what the
+first item of a block gives goes to `d_key`, what the others give to `d_key_more`, and `combine` adds them in a fixed
+order. No atomics: the same inputs give the same bits.
 
-A window (keys place - WINDOW + 1 .. place) is a second softmax over scores that the walk has at hand in its last blocks.
-Arguments named sliding_* belong to it; with WINDOW 0 they are placeholders.
+A window (keys place - WINDOW + 1 .. place) is a second softmax over scores that the walk has at hand in its last
+blocks. Arguments named sliding_* belong to it; with WINDOW 0 they are placeholders.
 """
 
 import triton
@@ -140,7 +140,7 @@ def backward_query(
     KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_query [B, T, N, K]. The cotangent of a branch's output is weight * d_output; delta is rowsum(d_output * output)."""
+    """d_query [B, T, N, K]. An output has the cotangent weight * d_output; delta is rowsum(d_output * output)."""
     program = tl.program_id(0)
     tile = program % TILES
     head = program // TILES % H
@@ -196,9 +196,9 @@ def backward_key_value(
 ):  # fmt: skip
     """d_key, d_value [B, C, H, K|V] and d_key_more, d_value_more float32 [B, H, MORE, BLOCK, K|V].
 
-    choosers[chooser_first[b, h, m] : chooser_first[b, h, m + 1]] want block m of head h of row b: 2 * token + (1 if it selected
-    the block). Items item_first[b, h, m] up to item_first[b, h, m + 1] are block m's; item_block [B, H, ITEMS] tells an
-    item's block. Grid: (BLOCK // KEYS) * PROGRAMS * H * B; a program does every PROGRAMS-th item.
+    choosers[chooser_first[b, h, m] : chooser_first[b, h, m + 1]] want block m of head h of row b: 2 * token + (1 if it
+    selected the block). Items item_first[b, h, m] up to item_first[b, h, m + 1] are block m's; item_block [B, H, ITEMS]
+    tells an item's block. Grid: (BLOCK // KEYS) * PROGRAMS * H * B; a program does every PROGRAMS-th item.
     """
     shares: tl.constexpr = BLOCK // KEYS
     program = tl.program_id(0)
@@ -268,7 +268,7 @@ def combine(
     C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
     MORE: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """d_total [B, C, H, D] = d_first + what the block's further items hold in d_more [B, H, MORE, BLOCK, D], in order."""
+    """d_total [B, C, H, D] = d_first + the block's further items in d_more [B, H, MORE, BLOCK, D], in order."""
     shares: tl.constexpr = BLOCK // KEYS
     program = tl.program_id(0)
     share = program % shares

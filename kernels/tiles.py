@@ -1,8 +1,8 @@
 """Loads, stores and products of tiles whose width is cut into power-of-two parts.
 
 Triton tiles have power-of-two sides. A head width such as 192 is therefore held as a tuple of tiles, here of widths
-(128, 64): `PARTS` lists those widths, one or two, `D` is the true width, and columns beyond `D` read as zero and are never
-written.
+(128, 64): `PARTS` lists those widths, one or two, `D` is the true width, and columns beyond `D` read as zero and are
+never written.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""The blocks that a tile of neighbouring tokens walks: each one once, in ascending order, with the tokens that want it."""
+"""The blocks that a tile of neighbouring tokens walks: each once, in ascending order, with the tokens that want it."""
 
 import triton
 import triton.language as tl
@@ -14,10 +14,11 @@ def walk(
 ):  # fmt: skip
     """The walks of tiles of TOKENS (up to 16) tokens, UNITS tiles a program.
 
-    first_keys [B, T, H, S]: the first key of every block that a token wants, or NOWHERE; any order, with repeats. The first CHOSEN
-    are blocks it selected, the others blocks that its sliding window touches.
-    begins [B, H, TILES, TOKENS * S]: the tile's blocks, ascending, without repeats, NOWHERE after the counts [B, H, TILES]
-    real ones. members: bit i tells whether the tile's i-th token selected the block, bit 16 + i whether its window touches it.
+    first_keys [B, T, H, S]: the first key of every block that a token wants, or NOWHERE; any order, with repeats. The
+    first CHOSEN are blocks it selected, the others blocks that its sliding window touches.
+    begins [B, H, TILES, TOKENS * S]: the tile's blocks, ascending, without repeats, NOWHERE after the counts [B, H,
+    TILES] real ones. members: bit i tells whether the tile's i-th token selected the block, bit 16 + i whether its
+    window touches it.
     """
     groups: tl.constexpr = (TILES + UNITS - 1) // UNITS
     program = tl.program_id(0)

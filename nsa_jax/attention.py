@@ -1,11 +1,9 @@
 """Native Sparse Attention: the compressed, selected and sliding branches, gated and added."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import checks, fused, launch, reference, segments
+from nsa_jax import checks, fused, reference, segments
 from nsa_jax.compression import compress
 
 Array = jax.Array
@@ -43,9 +41,10 @@ def native_sparse_attention(
         key: [B, T, H, K], of query's dtype; N is a multiple of H.
         value: [B, T, H, V], of query's dtype.
         compressed_gate, selected_gate, sliding_gate: [B, T, N], of a float dtype; None drops the branch.
-        block_indices: integers [B, T, H, S], the blocks to attend to, see `selected_attention`; None selects them by the
-            compressed probabilities, see `select_blocks`.
-        block_counts: blocks per query, an int or integers [B, T, H]. Of given block_indices the first block_counts count.
+        block_indices: integers [B, T, H, S], the blocks to attend to, see `selected_attention`; None selects them by
+            the compressed probabilities, see `select_blocks`.
+        block_counts: blocks per query, an int or integers [B, T, H]. Of given block_indices the first block_counts
+            count.
         block_size: tokens in a block, a power of two from 16 to 128.
         window_size: tokens the sliding branch sees, the query's own included; 0 drops the branch.
         compression_window: tokens in a compression window, at most block_size; block_size unless given.
@@ -55,11 +54,12 @@ def native_sparse_attention(
         compressed_value: [B, T // compression_stride, H, V], likewise; both or none.
         num_init_blocks: first blocks of the segment that are always selected.
         num_local_blocks: last blocks that are always selected, the query's own included.
-        max_block_count: the most blocks a query can select, where block_counts is an array; what it counts beyond is cut.
+        max_block_count: the most blocks a query can select, where block_counts is an array; what it counts beyond is
+            cut.
             Unless given the number of blocks in T tokens: give it where T is large, since memory grows with it.
         scale: factor on the scores, K ** -0.5 unless given.
-        segment_ids: integers [B, T]; everything is relative to a run of equal ids, negative ids are padding. May change at
-            every call without a new compilation. None: every row is one segment.
+        segment_ids: integers [B, T]; everything is relative to a run of equal ids, negative ids are padding. May change
+            at every call without a new compilation. None: every row is one segment.
         implementation: "triton", "xla" (plain jnp, any device), or None for Triton on an NVIDIA GPU and jnp elsewhere.
 
     Returns:

@@ -1,7 +1,7 @@
 """The three branches as one differentiable function by the Triton kernels.
 
-Differentiated as one, the gates cost nothing: the kernels scale by them what is theirs of the output's cotangent, which no
-branch then needs a copy of, and the delta of a branch's derivative is the gradient of its gate.
+Differentiated as one, the gates cost nothing: the kernels scale by them what is theirs of the output's cotangent, which
+no branch then needs a copy of, and the delta of a branch's derivative is the gradient of its gate.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Config(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What is attended with and to; the compressed arrays are None where neither the branch nor the selection needs them."""
+    """What is attended with and to; compressed arrays are None where neither branch nor selection needs them."""
 
     query: Array
     key: Array
@@ -51,7 +51,7 @@ class Gates(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Integers: segment ids [B, T] or None, block indices [B, T, H, S] or None to select, block counts () or [B, T, H]."""
+    """Integers: segment ids [B, T] or None; block indices [B, T, H, S], None to select; counts () or [B, T, H]."""
 
     segment_ids: Array | None
     block_indices: Array | None
@@ -97,15 +97,16 @@ def _one_pass(config: Config, gates: Gates) -> bool:
 
 def _specs(config: Config, gates: Gates, length: int) -> tuple[interval.Spec, selected.Spec, interval.Spec]:
     precision = launch.dot_precision()
+    window = config.window_size if _one_pass(config, gates) else 0
     return (
         interval.Spec("compressed", config.scale, precision),
-        selected.Spec(config.block_size, config.scale, precision, config.window_size if _one_pass(config, gates) else 0),
+        selected.Spec(config.block_size, config.scale, precision, window),
         interval.Spec("sliding", config.scale, precision, reach=min(config.window_size, length)),
     )
 
 
 def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> tuple[Gates, Gates, _Seen]:
-    """(outputs, lse, seen) of the branches that have a gate; the compressed one also where only the selection needs it."""
+    """(outputs, lse, seen) of the branches that have a gate."""
     query, key, value, compressed_key, compressed_value = arrays
     B, T, _, _ = query.shape
     tokens = segments.layout(routing.segment_ids, B, T)
@@ -127,8 +128,9 @@ def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) ->
         if gates.selected is not None and block_indices is None:
             block_indices = select_blocks(
                 query, compressed_key, lse,
-                block_counts=jnp.broadcast_to(block_counts, (B, T, key.shape[2])), max_block_count=config.max_block_count,
-                block_size=config.block_size, window=config.window, stride=config.stride,
+                block_counts=jnp.broadcast_to(block_counts, (B, T, key.shape[2])),
+                max_block_count=config.max_block_count, block_size=config.block_size,
+                window=config.window, stride=config.stride,
                 num_init_blocks=config.num_init_blocks, num_local_blocks=config.num_local_blocks,
                 scale=config.scale, segment_ids=routing.segment_ids, implementation="triton",
             )  # fmt: skip

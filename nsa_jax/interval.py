@@ -1,4 +1,4 @@
-"""Attention to one interval of keys per query: the launches and derivatives behind the compressed and sliding branches."""
+"""Attention to one interval of keys per query: launches and derivatives of the compressed and sliding branches."""
 
 import functools
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def backward_query(
     query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array,
     intervals: Intervals, spec: Spec,
 ) -> Array:  # fmt: skip
-    """d_query [B, T, N, K], for the output cotangent weight * d_output; delta [B, T, N] is rowsum(d_output * output)."""
+    """d_query [B, T, N, K]; the output has the cotangent weight * d_output, delta is rowsum(d_output * output)."""
     from nsa_jax.kernels import interval as kernels
 
     if key.shape[1] == 0:

@@ -15,11 +15,11 @@ class Items(NamedTuple):
     """Who chose what; M blocks a row, see `segments.Blocks`.
 
     Attributes:
-        choosers: int32 [B * H * T * S], those of one block in a run, tokens ascending: 2 * token, plus 1 if it selected the
-            block and does not merely touch it with its window.
+        choosers: int32 [B * H * T * S], those of one block in a run, tokens ascending: 2 * token, plus 1 if it selected
+            the block and does not merely touch it with its window.
         chooser_first: int32 [B, H, M + 1], where the run of block m begins, and that of block m - 1 ends.
-        item_first: int32 [B, H, M + 1], the first item of block m. A block has an item for every `chunk` tokens begun, and at
-            least one.
+        item_first: int32 [B, H, M + 1], the first item of block m. A block has an item for every `chunk` tokens begun,
+            and at least one.
         item_block: int32 [B, H, I], the block of an item.
     """
 

@@ -20,7 +20,7 @@ from jax.interpreters import mlir
 
 Array = jax.Array
 
-_INSTALL = "pip install 'nsa-jax[cuda13]' (or [cuda12]) on Linux"
+_INSTALL = "install nsa-jax on Linux with its extra cuda13 or cuda12"
 
 
 def triton_missing() -> str | None:
@@ -193,8 +193,9 @@ def _jax_triton():
 
     def refuse(ctx, *args, **kwargs):
         raise RuntimeError(
-            f"implementation='triton': the computation was placed on a CPU, and these kernels need an NVIDIA GPU ({_INSTALL});"
-            " use implementation='xla', or set TRITON_INTERPRET=1 before nsa_jax is imported to run them in Triton's interpreter"
+            "implementation='triton': the computation was placed on a CPU, and these kernels need an NVIDIA GPU"
+            f" ({_INSTALL}); use implementation='xla', or set TRITON_INTERPRET=1 before nsa_jax is imported"
+            " to run them in Triton's interpreter"
         )
 
     mlir.register_lowering(triton_kernel_call_p, refuse, platform="cpu")

@@ -19,7 +19,7 @@ def name_residuals(branch: str, output: jax.Array, lse: jax.Array) -> tuple[jax.
 
 
 def output_dot(d_output: jax.Array, output: jax.Array) -> jax.Array:
-    """float32 rowsum(d_output * output): [B, T, N, V] twice -> [B, T, N]. FlashAttention's delta, and the gate's gradient."""
+    """float32 rowsum(d_output * output), [B, T, N]: FlashAttention's delta, and the gradient of a gate."""
     return jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
 
 

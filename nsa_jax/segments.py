@@ -1,7 +1,8 @@
 """Segment ids to what the kernels use: where segments, windows and blocks begin and end in a row.
 
-A segment is a maximal run of equal ids within a row; negative ids are padding. Everything here is traced and has a static
-shape, so one compiled program serves every packing. Letters as in the package docstring; C = T // stride window slots.
+A segment is a maximal run of equal ids within a row; negative ids are padding. Everything here is traced and has a
+static shape, so one compiled program serves every packing. Letters as in the package docstring; C = T // stride window
+slots.
 """
 
 from typing import NamedTuple
@@ -29,7 +30,8 @@ class Layout(NamedTuple):
 
 
 class Intervals(NamedTuple):
-    """Who sees whom, from both sides: query t the keys [key_begin, key_end), key c the queries [query_begin, query_end).
+    """Who sees whom, from both sides: query t the keys from key_begin to key_end, key c the queries
+    from query_begin to query_end.
 
     Attributes:
         key_begin, key_end: int32 [B, T]. Equal where the query sees nothing.
@@ -47,8 +49,8 @@ class Blocks(NamedTuple):
 
     Attributes:
         number: int32 [B, T], the number of the block that holds the token.
-        begin, end: int32 [B, M], the row indices [begin, end) of block m; 0, 0 beyond the last. M is cdiv(T, block_size)
-            without segment ids and T with them, the most there can be.
+        begin, end: int32 [B, M], the row indices [begin, end) of block m; 0, 0 beyond the last. M is
+            cdiv(T, block_size) without segment ids and T with them, the most there can be.
         count: int32 [B], the blocks in the row.
     """
 
@@ -86,14 +88,14 @@ def sliding_intervals(tokens: Layout, window_size: int) -> Intervals:
 
 
 def _windows_seen(tokens: Layout, window: int, stride: int) -> tuple[Array, Array]:
-    """(completes: bool [B, T], a window ends at this token; seen: int32 [B, T], windows of its segment complete by then)."""
+    """(bool [B, T], whether a window ends at this token; int32 [B, T], windows of its segment complete by then)."""
     past = tokens.position - (window - 1)
     completes = tokens.valid & (past >= 0) & (past % stride == 0)
     return completes, jnp.where(tokens.valid & (past >= 0), past // stride + 1, 0)
 
 
 def _scatter(slots: Array, values: Array, keep: Array, size: int, fill: int) -> Array:
-    """[B, size] with values[b, i] at slots[b, i] where `keep`, `fill` elsewhere; kept slots are distinct within a row."""
+    """[B, size] with values[b, i] at slots[b, i] where `keep`, `fill` elsewhere; kept slots of a row are distinct."""
     slots = jnp.where(keep, slots, size)
     empty = jnp.full((size,), fill, jnp.int32)
     return jax.vmap(lambda slot, value: empty.at[slot].set(value, mode="drop"))(slots, values)
@@ -104,7 +106,7 @@ def window_starts(tokens: Layout, window: int, stride: int) -> Array:
 
     Windows fill the slots in row order: those of the first segment, then those of the second, and so on.
     """
-    batch, length = tokens.start.shape
+    length = tokens.start.shape[1]
     completes, _ = _windows_seen(tokens, window, stride)
     slot = jnp.cumsum(completes, axis=1, dtype=jnp.int32) - 1
     first = tokens.start + tokens.position - (window - 1)

@@ -67,8 +67,8 @@ def selected_attention(
         key: [B, T, H, K], of query's dtype; N is a multiple of H.
         value: [B, T, H, V], of query's dtype.
         block_indices: integers [B, T, H, S], counted from the segment's first token: block j holds its positions
-            [j * block_size, (j + 1) * block_size). An entry below 0 or beyond the query's own block is skipped, one that is
-            listed twice counts once; the order does not matter.
+            [j * block_size, (j + 1) * block_size). An entry below 0 or beyond the query's own block is skipped, one
+            that is listed twice counts once; the order does not matter.
         block_counts: how many of the first entries count: None for all, an int, or integers [B, T, H].
         block_size: tokens in a block, a power of two from 16 to 128.
         scale: factor on the scores, K ** -0.5 unless given.
@@ -130,8 +130,9 @@ def _columns(constants: dict) -> int:
 
 def _walking(kernel, choose_tile, constants: dict, spec: Spec, dtype) -> tuple[int, tiling.Tile]:
     """Tokens per tile of a walking kernel, and the tile."""
-    tile = choose_tile(launch.capability_of(kernel), _columns(constants), dtype.itemsize, constants["G"], spec.block_size)
-    return max(1, min(16, tile.rows // constants["G"])), tile
+    G = constants["G"]
+    tile = choose_tile(launch.capability_of(kernel), _columns(constants), dtype.itemsize, G, spec.block_size)
+    return max(1, min(16, tile.rows // G)), tile
 
 
 def _wanted(choice: Choice) -> int:
@@ -140,7 +141,7 @@ def _wanted(choice: Choice) -> int:
 
 
 def forward(query: Array, key: Array, value: Array, choice: Choice, spec: Spec) -> list[tuple[Array, Array]]:
-    """(output [B, T, N, V], lse float32 [B, T, N]) of the selected branch, and of the sliding one if spec has a window."""
+    """(output [B, T, N, V], lse float32 [B, T, N]) of the selected branch, then of the sliding one if any."""
     from nsa_jax.kernels import selected as kernels
 
     constants = _constants(query, value, spec)
@@ -241,7 +242,7 @@ def backward_key_value(
 
 
 def _combine(first: Array, rest: Array, item_first: Array, blocks: Blocks, dtype) -> Array:
-    """first [B, C, H, D] plus what the further items of each block hold in rest [B, H, MORE, block_size, D], in `dtype`."""
+    """first [B, C, H, D] plus the further items of each block, in rest [B, H, MORE, block_size, D], as `dtype`."""
     from nsa_jax.kernels import selected as kernels
 
     B, C, H, D = first.shape

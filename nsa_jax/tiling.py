@@ -1,7 +1,8 @@
 """Tile sizes by architecture and shape: tables, nothing tuned at run time.
 
-A table lists tiles from the one that is fastest where it fits to the one that fits anywhere; a kernel gets the first whose
-operands fit the architecture's shared memory. Sizes marked "H200" were measured there, the others follow from them.
+A table lists tiles from the one that is fastest where it fits to the one that fits anywhere; a kernel gets the first
+whose operands fit the architecture's shared memory. Sizes marked "H200" were measured there, the others follow from
+them.
 """
 
 from typing import NamedTuple
@@ -145,8 +146,8 @@ def selected_backward_key_value(capability: int, columns: int, itemsize: int, bl
 
 
 def selected_chunk(capability: int) -> int:
-    """Tokens that one item of kernels/selected.py backward_key_value holds: small enough that a block that all tokens choose
-    is shared among many programs, large enough that the partial sums stay a fraction of the inputs."""
+    """Tokens that one item of kernels/selected.py backward_key_value holds: small enough that a block that all tokens
+    choose is shared among many programs, large enough that the partial sums stay a fraction of the inputs."""
     return 16 if capability == INTERPRETER else 1024
 
 
@@ -183,5 +184,5 @@ def selection(capability: int, columns: int, itemsize: int, group: int, count: i
 
 
 def selected_does_sliding(window_size: int, block_size: int) -> bool:
-    """Whether one pass over the selected blocks does a sliding window too: worth it while the window touches two blocks."""
+    """Whether the pass over the selected blocks does the sliding window too: while it touches at most two blocks."""
     return 0 < window_size <= block_size + 1

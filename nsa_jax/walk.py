@@ -17,8 +17,8 @@ class Choice(NamedTuple):
     """Which blocks of keys the queries want.
 
     Attributes:
-        selected: int32 [B, T, H, S], the row index of the first key of each selected block, NOWHERE where none; any order,
-            repeats allowed.
+        selected: int32 [B, T, H, S], the row index of the first key of each selected block, NOWHERE where none; any
+            order, repeats allowed.
         touched: int32 [B, T, X], likewise the blocks that the query's sliding window touches; X is 0 without one.
         place: int32 [B, T], the query's index in the key row.
         blocks: the blocks of the key row.
@@ -101,7 +101,8 @@ def walks(choice: Choice, tokens: int) -> Walks:
             kernels.walk, first_keys,
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3])],
             programs=-(-tiles // units) * H * B, warps=4, stages=1, flops=0,
-            T=T, H=H, S=S, CHOSEN=chosen, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
+            T=T, H=H, S=S, CHOSEN=chosen, TOKENS=tokens, UNITS=units, TILES=tiles,
+            TOKENS_SIDE=sides[0], S_SIDE=sides[1],
         )  # fmt: skip
 
     return Walks(*launch.fold_vmap(run)(first_keys))
