@@ -38,8 +38,10 @@ def _plain_steps(begins, count, row_place, BLOCK: tl.constexpr, TOKENS: tl.const
     plain = count * 0
     if TOKENS == 1:
         back = tl.arange(0, triton.next_power_of_2(edge))
-        last = tl.load(begins + count - 1 - back, mask=(back < edge) & (back < count), other=-BLOCK)
-        plain = count - tl.sum((last + BLOCK > tl.max(row_place, 0) + 1 - WINDOW).to(tl.int32), 0)
+        real = (back < edge) & (back < count)
+        last = tl.load(begins + count - 1 - back, mask=real, other=0)
+        touched = real & (last + BLOCK > tl.max(row_place, 0) + 1 - WINDOW)
+        plain = count - tl.sum(touched.to(tl.int32), 0)
     return plain
 
 

@@ -18,9 +18,7 @@ from .tiles import inner, load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 KEPT = tl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
-LANES = tl.constexpr(
-    32
-)  # tokens lie across warps and candidates across a warp's lanes, so that rounds need no shared memory
+LANES = tl.constexpr(32)  # candidates lie across a warp's lanes, tokens across warps: rounds need no shared memory
 NONE = tl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list
 
 

@@ -59,9 +59,13 @@ def capability_of(kernel) -> int:
     return 0 if _is_interpreted(kernel) else compute_capability()
 
 
+_PTX_VERSIONS = {100: 86, 101: 86, 120: 87, 103: 88, 121: 88}
+_OLDEST_PTX_VERSION, _NEWEST_PTX_VERSION = 80, 90
+
+
 def ptx_version(capability: int) -> int:
     """The lowest PTX version that knows the architecture: what the ptxas of the CUDA that JAX uses must accept."""
-    return 80 if capability <= 90 else 86 if capability <= 101 else 87
+    return _OLDEST_PTX_VERSION if capability <= 90 else _PTX_VERSIONS.get(capability, _NEWEST_PTX_VERSION)
 
 
 def dot_precision() -> str:
