@@ -107,6 +107,7 @@ def native_sparse_attention(
         block_indices = checks.block_indices(block_indices, query, key)
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
+    gates = jax.tree.map(lambda gate: segments.clear_padding(gate, segment_ids), gates)
 
     if gates.compressed is None and (gates.selected is None or block_indices is not None):
         compressed_key = compressed_value = None

@@ -80,7 +80,7 @@ def attend(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> Ar
     arrays, gates, routing = launch.vary_together((arrays, gates, routing))
     clear = functools.partial(segments.clear_padding, segment_ids=routing.segment_ids)
     arrays = arrays._replace(query=clear(arrays.query), key=clear(arrays.key), value=clear(arrays.value))
-    return _attend(config, arrays, jax.tree.map(clear, gates), routing)
+    return _attend(config, arrays, gates, routing)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
