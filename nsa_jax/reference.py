@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import segments
+from nsa_jax.residuals import name_residuals
 
 Array = jax.Array
 
@@ -49,7 +50,7 @@ def sliding_window_attention(
         keys, values = (jax.lax.dynamic_slice_in_dim(x, first, span, axis=1) for x in (key, value))
         return _attend(query, keys, values, _within(begin - first, end - first, span)[:, None], scale)
 
-    return _over_queries(chunk, query, index, seen.key_begin, seen.key_end)
+    return name_residuals("sliding", *_over_queries(chunk, query, index, seen.key_begin, seen.key_end))
 
 
 def compressed_attention(
@@ -83,7 +84,7 @@ def compressed_attention(
     def chunk(query, begin, end):
         return _attend(query, key, value, _within(begin, end, key.shape[1])[:, None], scale)
 
-    return _over_queries(chunk, query, seen.key_begin, seen.key_end)
+    return name_residuals("compressed", *_over_queries(chunk, query, seen.key_begin, seen.key_end))
 
 
 def select_blocks(
@@ -201,7 +202,7 @@ def selected_attention(
         chosen = jax.vmap(lambda row, block: row[..., block])(chosen, key_block)  # [B, H, t, T]
         return _attend(query, key, value, chosen & _within(begin, end, length)[:, None], scale)
 
-    return _over_queries(chunk, query, block_indices, causal.key_begin, causal.key_end)
+    return name_residuals("selected", *_over_queries(chunk, query, block_indices, causal.key_begin, causal.key_end))
 
 
 def _over_queries(body: Callable, *arrays: Array):

@@ -73,3 +73,31 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
 def assert_same_bits(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def branch_gates(seed, B, T, N, dtype=np.float32):
+    """The gates of native_sparse_attention by name, [B, T, N] from 0 to 1."""
+    drawn = np.random.default_rng(seed).random((3, B, T, N))
+    return dict(zip(("compressed_gate", "selected_gate", "sliding_gate"), jnp.asarray(drawn, dtype), strict=True))
+
+
+def value_and_gradients(function, arrays, cotangent):
+    """[output, *gradients] of function(**arrays), the gradients in the order of `arrays`, for d_output `cotangent`."""
+
+    @jax.jit
+    def everything(arrays, cotangent):
+        output, pullback = jax.vjp(lambda arrays: function(**arrays), arrays)
+        (gradients,) = pullback(cotangent)
+        return [output, *gradients.values()]
+
+    return everything(dict(arrays), cotangent)
+
+
+def assert_small_error_ratio(actual, expected, ratio):
+    """The root-mean-square error of each array at most `ratio` times the root-mean-square of what is expected."""
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        error = np.sqrt(np.mean((a - e) ** 2) / np.mean(e**2))
+        assert error <= ratio, f"result {i}: error ratio {error}"

@@ -23,7 +23,16 @@ CONFIG = TrainConfig(
     MODEL, sequence_length=32, batch_size=4, steps=20, learning_rate=1e-2, warmup_steps=2, eval_rows=4, eval_interval=10
 )
 _RUN = ("sequence_length", "batch_size", "steps", "learning_rate", "warmup_steps", "eval_rows", "eval_interval")
-_MODEL = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "block_size", "block_counts", "window_size")
+_MODEL = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "block_size",
+    "block_counts",
+    "window_size",
+)
 OPTIONS = {name: getattr(CONFIG, name) for name in _RUN} | {name: getattr(MODEL, name) for name in _MODEL}
 OPTIONS |= {"checkpoint_interval": 5, "sample_bytes": 8, "implementation": "xla", "dtype": "float32"}
 

@@ -1,0 +1,17 @@
+"""Flax linen modules: the attention layer, its compression map, and a language model built of them."""
+
+from nsa_jax.linen.attention import NativeSparseAttention
+from nsa_jax.linen.compression import MLPCompression
+from nsa_jax.linen.config import PRESETS, TransformerConfig
+from nsa_jax.linen.dense import DenseAttention
+from nsa_jax.linen.transformer import NSATransformer, remat_policy
+
+__all__ = [
+    "PRESETS",
+    "DenseAttention",
+    "MLPCompression",
+    "NSATransformer",
+    "NativeSparseAttention",
+    "TransformerConfig",
+    "remat_policy",
+]

@@ -1,0 +1,44 @@
+"""Dense causal attention behind the same interface, to compare with."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from nsa_jax import launch, segments
+from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
+from nsa_jax.linen.rope import rotate
+
+Array = jax.Array
+
+#: The name that the attention output carries, for rematerialisation policies.
+CHECKPOINT_NAME = "dense_output"
+
+
+class DenseAttention(Projections):
+    """Causal attention within each segment by `jax.nn.dot_product_attention`; fields as in `Projections`.
+
+    value_dim must be head_dim, as that function wants. On an NVIDIA GPU half precision goes through cuDNN.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
+        """x [B, T, features], segment_ids int32 [B, T] (negative: padding, output 0) -> [B, T, out_features]."""
+        batch, length, features = x.shape
+        kv_heads, width, value_width = self.widths(features)
+        if value_width != width:
+            raise ValueError(f"value_dim: expected head_dim={width}, got {value_width}")
+        query = self.project("query", (self.num_heads, width), HEADS)(x)
+        key = self.project("key", (kv_heads, width), KV_HEADS)(x)
+        value = self.project("value", (kv_heads, width), KV_HEADS)(x)
+        tokens = segments.layout(segment_ids, batch, length)
+        if self.rope_theta is not None:
+            query, key = (rotate(y, tokens.position, theta=self.rope_theta) for y in (query, key))
+        in_segment = tokens.start[:, :, None] == tokens.start[:, None, :]
+        causal = jnp.tril(jnp.ones((length, length), bool))[None]
+        fused = launch.on_nvidia_gpu() and query.dtype in (jnp.bfloat16, jnp.float16)
+        output = jax.nn.dot_product_attention(
+            query, key, value, mask=(in_segment & causal)[:, None], implementation="cudnn" if fused else None
+        )
+        output = segments.clear_padding(checkpoint_name(output, CHECKPOINT_NAME), segment_ids)
+        return self.project_out(features)(output)

@@ -1,0 +1,95 @@
+"""What a training run is, as one frozen value, and ready-made ones."""
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from nsa_jax.linen import config as linen_config
+from nsa_jax.train.packing import VOCAB_SIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: the model; its vocabulary is the bytes and three special tokens.
+        sequence_length: T, tokens of a row; a multiple of the model's block_size.
+        batch_size: rows of a step, over all devices.
+        steps: optimiser steps.
+        learning_rate: AdamW's, at its peak.
+        warmup_steps: steps of linear warm-up; a cosine to a tenth of the peak follows.
+        weight_decay: of matrices, not of norms and biases.
+        clip_norm: the largest global norm of a gradient.
+        seed: of the initial parameters, of the order of the data and of what is held out.
+        held_out: fraction of the documents held out.
+        eval_rows: rows of held-out text that are evaluated.
+        eval_interval, checkpoint_interval: steps from one to the next.
+        sample_bytes: bytes of text to generate at the end.
+
+    Raises:
+        ValueError: a number is out of range, or sequence_length is not a multiple of block_size.
+    """
+
+    model: linen_config.TransformerConfig
+    sequence_length: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    held_out: float = 0.05
+    eval_rows: int = 64
+    eval_interval: int = 100
+    checkpoint_interval: int = 100
+    sample_bytes: int = 256
+
+    def __post_init__(self):
+        for name in ("sequence_length", "batch_size", "steps", "eval_rows", "eval_interval", "checkpoint_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "seed", "sample_bytes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: expected a fraction between 0 and 1, got {self.held_out}")
+        if self.sequence_length % self.model.block_size:
+            block = self.model.block_size
+            raise ValueError(f"sequence_length: expected a multiple of block_size={block}, got {self.sequence_length}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to go on from, by field name: all but when to report and to save."""
+        fields = dataclasses.asdict(self)
+        model = fields.pop("model")
+        for name in ("eval_rows", "eval_interval", "checkpoint_interval", "sample_bytes"):
+            del fields[name]
+        for name in ("dtype", "param_dtype"):
+            model[name] = jnp.dtype(model[name]).name
+        return {**model, "branches": list(model["branches"]), **fields}
+
+
+def _byte_model(preset: str) -> linen_config.TransformerConfig:
+    return dataclasses.replace(linen_config.PRESETS[preset], vocab_size=VOCAB_SIZE)
+
+
+#: Runs by name: "tiny" for two CPU cores, the others for a GPU.
+PRESETS = MappingProxyType(
+    {
+        "tiny": TrainConfig(
+            _byte_model("tiny"), sequence_length=256, batch_size=4, steps=700, learning_rate=3e-3, warmup_steps=50
+        ),
+        "small": TrainConfig(
+            _byte_model("small"), sequence_length=8192, batch_size=16, steps=500, learning_rate=1e-3, warmup_steps=50
+        ),
+        "340m": TrainConfig(
+            _byte_model("340m"), sequence_length=8192, batch_size=8, steps=2000, learning_rate=3e-4, warmup_steps=200
+        ),
+    }
+)

@@ -1,0 +1,66 @@
+"""What a run shows on screen."""
+
+import resource
+import statistics
+import sys
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nsa_jax import launch
+from nsa_jax.linen import TransformerConfig
+from nsa_jax.train.metrics import read_metrics
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the fields loss and speed, the steps done, the time gone and the time left."""
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def describe_attention(model: TransformerConfig) -> str:
+    """Which attention runs, through what, on what."""
+    device = jax.devices()[0]
+    if model.attention == "dense":
+        return f"dense attention through jax.nn.dot_product_attention on {device.device_kind}"
+    triton = model.implementation == "triton" or (model.implementation is None and launch.on_nvidia_gpu())
+    return f"NSA through {'Triton kernels' if triton else 'jnp (XLA)'} on {device.device_kind}"
+
+
+def show_sample(console: Console, text: str) -> None:
+    """Generated text in a frame."""
+    console.print(Panel(escape(text), title="sample", title_align="left"))
+
+
+def show_summary(console: Console, folder: Path) -> None:
+    """The run's final figures, from its metrics."""
+    lines = read_metrics(folder)
+    speed = statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
+    last = next(line for line in reversed(lines) if "held_out_bits_per_byte" in line)
+    console.print(
+        f"held out {last['held_out_bits_per_byte']:.3f} bits per byte, {speed:,.0f} tokens/s,"
+        f" peak memory {peak_memory() / 2**30:.2f} GiB; curves in {folder / 'loss.png'}",
+        soft_wrap=True,
+    )
+
+
+def peak_memory() -> int:
+    """Bytes: the most that was in use on the first GPU, or by this process where there is none."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,165 @@
+"""Walks of tiles of tokens and their inverse, against plain Python."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import packing
+
+from nsa_jax.inverse import invert, more_items
+from nsa_jax.segments import Blocks
+from nsa_jax.walk import NOWHERE, Walks, choose, walks
+
+B, H, BLOCK = 2, 2, 16
+
+
+def drawn(T, S, seed=0):
+    """Block indices [B, T, H, S]: unsorted, with repeats, some negative, some beyond the query's own block, some T."""
+    rng = np.random.default_rng(seed)
+    own = np.arange(T).reshape(1, T, 1, 1) // BLOCK
+    indices = rng.integers(-1, own + 2, (B, T, H, S))
+    return np.where(rng.random(indices.shape) < 0.1, T, indices).astype(np.int32)
+
+
+def segment_ids_of(kind, T):
+    return {"whole": None, "packed": packing(T), "single": jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1))}[kind]
+
+
+def places(segment_ids, T):
+    """[B][T] of (first token of the run, whether it is real); runs of padding count as runs."""
+    if segment_ids is None:
+        return [[(0, True)] * T] * B
+    table = []
+    for ids in np.asarray(segment_ids):
+        starts = [0] * T
+        for t in range(1, T):
+            starts[t] = starts[t - 1] if ids[t] == ids[t - 1] else t
+        table.append([(start, ids[t] >= 0) for t, start in enumerate(starts)])
+    return table
+
+
+def wanted(indices, counts, segment_ids, window_size):
+    """{(b, h, t): (first keys of the blocks it selected, first keys of those its window touches)}."""
+    T, H, S = indices.shape[1:]
+    table = {}
+    for b, row in enumerate(places(segment_ids, T)):
+        for t, (start, real) in enumerate(row):
+            for h in range(H):
+                entries = indices[b, t, h, : S if counts is None else max(counts[b, t, h], 0)].tolist() if real else []
+                window = range(max(start, t - window_size + 1), t + 1) if real and window_size else []
+                table[b, h, t] = (
+                    {start + j * BLOCK for j in entries if 0 <= j <= (t - start) // BLOCK},
+                    {start + (key - start) // BLOCK * BLOCK for key in window},
+                )
+    return table
+
+
+def chosen(kind, T, S, window_size, counted=False):
+    """(the Choice, what every token wants by plain Python) of drawn indices."""
+    segment_ids, indices = segment_ids_of(kind, T), drawn(T, S)
+    counts = np.random.default_rng(1).integers(-1, S + 2, (B, T, H), np.int32) if counted else None
+    choice = choose(jnp.asarray(indices), jnp.asarray(counts) if counted else None, segment_ids, BLOCK, window_size)
+    return choice, wanted(indices, counts, segment_ids, window_size)
+
+
+# T, S, tokens in a tile, window_size, segments, whether counts are given
+WALKS = [
+    (1, 1, 1, 0, "whole", False),
+    (17, 5, 1, 17, "packed", True),
+    (40, 4, 3, 1, "single", False),
+    (63, 2, 5, 33, "packed", True),
+    (63, 3, 8, 0, "whole", False),
+    (100, 1, 16, 17, "packed", False),
+]
+
+
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_walks(case):
+    T, S, tokens, window_size, kind, counted = case
+    choice, table = chosen(kind, T, S, window_size, counted)
+    begins, members, counts = map(np.asarray, walks(choice, tokens))
+    tiles = -(-T // tokens)
+    assert begins.shape == members.shape == (B, H, tiles, tokens * (S + choice.touched.shape[2]))
+    assert counts.shape == (B, H, tiles)
+    for b, h, tile in np.ndindex(B, H, tiles):
+        bits = collections.Counter()
+        for i, t in enumerate(range(tile * tokens, min(T, (tile + 1) * tokens))):
+            for shift, blocks in zip((i, 16 + i), table[b, h, t], strict=True):
+                bits.update(dict.fromkeys(blocks, 1 << shift))
+        count = counts[b, h, tile]
+        assert begins[b, h, tile, :count].tolist() == sorted(bits)
+        assert members[b, h, tile, :count].view(np.uint32).tolist() == [bits[begin] for begin in sorted(bits)]
+        assert (begins[b, h, tile, count:] == NOWHERE).all()
+
+
+def test_blocks_hold_every_token_once():
+    T = 63
+    for kind in ("whole", "packed", "single"):
+        segment_ids = segment_ids_of(kind, T)
+        blocks = choose(jnp.asarray(drawn(T, 1)), None, segment_ids, BLOCK).blocks
+        for b, row in enumerate(places(segment_ids, T)):
+            expected = [(start, start + (t - start) // BLOCK) for t, (start, _) in enumerate(row)]
+            held = [range(*bounds) for bounds in zip(blocks.begin[b].tolist(), blocks.end[b].tolist(), strict=True)][
+                : int(blocks.count[b])
+            ]
+            assert [t for tokens in held for t in tokens] == list(range(T))
+            assert len(held) == len(set(expected))
+            assert all(t in held[m] for t, m in enumerate(blocks.number[b].tolist()))
+
+
+# T, S, chunk, window_size, segments
+ITEMS = [
+    (1, 1, 4, 0, "whole"),
+    (17, 3, 4, 18, "packed"),
+    (63, 3, 1, 0, "packed"),
+    (40, 2, 1000, 9, "single"),
+    (100, 2, 7, 33, "whole"),
+]
+
+
+@pytest.mark.parametrize("case", ITEMS, ids=str)
+def test_inverse(case):
+    T, S, chunk, window_size, kind = case
+    choice, table = chosen(kind, T, S, window_size)
+    token_walks = walks(choice, 1)
+    items = invert(token_walks, choice.blocks, chunk)
+    choosers, chooser_first, item_first, item_block = map(np.asarray, items)
+    begin, count = np.asarray(choice.blocks.begin), np.asarray(choice.blocks.count)
+    widest = token_walks.begins.shape[3]
+    assert choosers.shape == (B * H * T * widest,)
+
+    pairs = 0
+    for b, h in np.ndindex(B, H):
+        item = 0
+        for m in range(count[b]):
+            expected = []
+            for t in range(T):
+                selected, touched = table[b, h, t]
+                if begin[b, m] in selected | touched:
+                    expected.append(2 * t + (begin[b, m] in selected))
+            first, end = chooser_first[b, h, m : m + 2]
+            assert choosers[first:end].tolist() == expected
+            pairs += len(expected)
+
+            number = max(1, -(-len(expected) // chunk))
+            assert item_first[b, h, m : m + 2].tolist() == [item, item + number]
+            assert (item_block[b, h, item : item + number] == m).all()
+            item += number
+        assert (np.diff(item_first[b, h, count[b] :]) == 0).all()
+        assert item - count[b] <= more_items(T, widest, chunk)
+        assert item <= item_block.shape[2]
+    assert pairs == sum(len(selected | touched) for selected, touched in table.values())
+
+
+def test_too_many_blocks_for_32_bits():
+    rows, T = 2**15, 2**16
+    long = jax.ShapeDtypeStruct((rows, 1, T, 1), jnp.int32)
+    each = jax.ShapeDtypeStruct((rows, T), jnp.int32)
+    with pytest.raises(ValueError, match="block_indices: 32768 rows x 1 heads x 65536 blocks do not fit 32-bit"):
+        jax.eval_shape(
+            lambda walks, blocks: invert(walks, blocks, 16),
+            Walks(long, long, jax.ShapeDtypeStruct((rows, 1, T), jnp.int32)),
+            Blocks(each, each, each, jax.ShapeDtypeStruct((rows,), jnp.int32)),
+        )
