@@ -1,6 +1,7 @@
 """What the tests of the ops share: inputs, packings, and comparison of outputs and gradients."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -82,15 +83,15 @@ def branch_gates(seed, B, T, N, dtype=np.float32):
 
 
 def value_and_gradients(function, arrays, cotangent):
-    """[output, *gradients] of function(**arrays), the gradients in the order of `arrays`, for d_output `cotangent`."""
+    """[output, *gradients] of function(**arrays) for the output's cotangent; gradients in the order of their names."""
 
     @jax.jit
     def everything(arrays, cotangent):
         output, pullback = jax.vjp(lambda arrays: function(**arrays), arrays)
-        (gradients,) = pullback(cotangent)
-        return [output, *gradients.values()]
+        return output, *pullback(cotangent)
 
-    return everything(dict(arrays), cotangent)
+    output, gradients = everything(arrays, cotangent)
+    return [output, *(gradients[name] for name in sorted(gradients))]
 
 
 def assert_small_error_ratio(actual, expected, ratio):
@@ -101,3 +102,10 @@ def assert_small_error_ratio(actual, expected, ratio):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         error = np.sqrt(np.mean((a - e) ** 2) / np.mean(e**2))
         assert error <= ratio, f"result {i}: error ratio {error}"
+
+
+def count_launches(function, *arrays):
+    """Kernels in a lowered function: custom calls on a GPU, callbacks in the interpreter."""
+    return len(
+        re.findall(r"custom_call @\w*(?:triton_kernel_call|callback)", jax.jit(function).lower(*arrays).as_text())
+    )

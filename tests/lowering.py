@@ -53,7 +53,7 @@ def compressed(K, V):
     return function, (*qkv(K, V, C=T // BLOCK), SEGMENT_IDS)
 
 
-def native(K, V):
+def native(K, V, window_size=512):
     import nsa_jax
 
     def function(query, key, value, compressed_gate, selected_gate, sliding_gate, segment_ids):
@@ -65,6 +65,7 @@ def native(K, V):
             selected_gate=selected_gate,
             sliding_gate=sliding_gate,
             block_size=BLOCK,
+            window_size=window_size,
             segment_ids=segment_ids,
             implementation="triton",
         )
@@ -72,11 +73,16 @@ def native(K, V):
     return function, (*qkv(K, V), *[struct(B, T, N)] * 3, SEGMENT_IDS)
 
 
+def native_in_one_pass(K, V):
+    return native(K, V, window_size=BLOCK)
+
+
 # name -> (K, V) -> (function of arrays, their shapes and dtypes); gradients are taken where the output is a float
 OPS = {
     "sliding_window_attention": sliding,
     "compressed_attention": compressed,
     "native_sparse_attention": native,
+    "native_sparse_attention, short window": native_in_one_pass,
 }
 
 

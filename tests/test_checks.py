@@ -160,6 +160,31 @@ CASES = [
         ValueError,
         "compression_window: expected at most block_size = 32, got 64",
     ),
+    (
+        (NATIVE,),
+        {"compression_stride": 24},
+        ValueError,
+        "compression_stride: expected a divisor of compression_window = 32, got 24",
+    ),
+    (
+        (NATIVE,),
+        {"compressed_key": zeros(B, 2, H, K)},
+        ValueError,
+        "compressed_value: expected an array, as compressed_key is given, got None",
+    ),
+    (
+        (NATIVE,),
+        {"compressed_value": zeros(B, 2, H, V)},
+        ValueError,
+        "compressed_key: expected an array, as compressed_value is given, got None",
+    ),
+    (
+        (NATIVE,),
+        {"compressed_key": zeros(B, 3, H, K), "compressed_value": zeros(B, 2, H, V)},
+        ValueError,
+        "compressed_key: expected shape [2, 2, H, 16], got [2, 3, 4, 16]",
+    ),
+    ((SELECT, NATIVE), {"max_block_count": -1}, ValueError, "max_block_count: expected at least 0, got -1"),
 ]
 
 
@@ -177,7 +202,8 @@ def test_message(op, changes, error, message):
 
 
 def test_no_gate():
-    with pytest.raises(ValueError, match="gate"):
+    message = "compressed_gate, selected_gate, sliding_gate: expected at least one gate, got None for all three"
+    with pytest.raises(ValueError, match=message):
         call(NATIVE, compressed_gate=None, selected_gate=None, sliding_gate=None)
 
 

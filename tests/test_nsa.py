@@ -73,12 +73,12 @@ def four_segments(T):
     return np.searchsorted(cuts, np.arange(T), side="right").astype(np.int32)
 
 
-@pytest.mark.parametrize("T, D, window_size", [(64, 20, 0), (50, 16, 16)])
+@pytest.mark.parametrize("T, D, window_size", [(40, 20, 0), (33, 16, 16)])
 def test_parallel(T, D, window_size):
-    check(T, 8, 2, D, 4, 16, window_size, jnp.float32, ratio=FLOAT32_RATIO, spread="steps")
+    check(T, 4, 2, D, 3, 16, window_size, jnp.float32, ratio=FLOAT32_RATIO, spread="steps")
 
 
-@pytest.mark.parametrize("T, D, window_size", [(60, 16, 0), (65, 20, 16)])
+@pytest.mark.parametrize("T, D, window_size", [(44, 16, 0), (41, 20, 16)])
 def test_parallel_varlen(T, D, window_size):
     segment_ids = row(T, (0, T // 2), (1, 1), (2, T // 3), (3, 1))
     check(T, 4, 1, D, 4, 16, window_size, jnp.float32, ratio=FLOAT32_RATIO, spread="steps", segment_ids=segment_ids)
@@ -88,9 +88,8 @@ def test_parallel_varlen(T, D, window_size):
 # subtract, puts d_query 8 % off: all keys have one sign, and almost everything cancels.
 
 
-@pytest.mark.parametrize("window_size", [0, 16])
-def test_bfloat16(window_size):
-    check(40, 4, 1, 16, 3, 16, window_size, jnp.bfloat16, ratio=BFLOAT16_RATIO, spread="normal")
+def test_bfloat16():
+    check(40, 4, 1, 16, 3, 16, 16, jnp.bfloat16, ratio=BFLOAT16_RATIO, spread="normal")
 
 
 @pytest.mark.gpu

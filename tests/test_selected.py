@@ -19,7 +19,7 @@ SHAPES = [
     (63, 32, 5, None, 6, 1, 100, 32, False),
     (33, 16, 3, 2, 8, 1, 4, 20, True),
     (63, 16, 1, "array", 3, 2, 16, 100, True),
-    (100, 64, 1, None, 4, 1, 192, 128, True),
+    (100, 64, 1, None, 4, 1, 192, 128, False),
     (257, 128, 1, "array", 1, 1, 32, 16, True),
 ]
 
@@ -107,20 +107,21 @@ def test_nan_on_padding_stays_there(implementation):
         np.testing.assert_array_equal(np.asarray(x)[padding], 0.0)
 
 
-@pytest.mark.parametrize("implementation", ["triton", "xla"])
-def test_packed_equals_alone(implementation):
+def test_packed_equals_alone():
     T = 60
     segment_ids = row(T, (-1, 2), (0, 33), (1, 1), (-1, 3), (0, 17), (-1, 4))[None]
     indices = drawn(2, 1, T, 1, 3, 16)
     arrays = qkv(2, 1, T, 2, 1, 16, 8)
     cotangents = normal(5, 1, T, 2, 8), normal(6, 1, T, 2)
-    packed = run(
-        attention(implementation, indices, segment_ids=jnp.asarray(segment_ids)), arrays, cotangents=cotangents
-    )
+    packed = [
+        run(attention(name, indices, segment_ids=jnp.asarray(segment_ids)), arrays, cotangents=cotangents)
+        for name in ("triton", "xla")
+    ]
     for start, stop in spans(segment_ids[0]):
         alone, weights = (tuple(x[:, start:stop] for x in group) for group in (arrays, cotangents))
-        expected = run(attention(implementation, indices[:, start:stop]), alone, cotangents=weights)
-        assert_close([x[:, start:stop] for x in packed], expected)
+        expected = run(attention("xla", indices[:, start:stop]), alone, cotangents=weights)
+        for results in packed:
+            assert_close([x[:, start:stop] for x in results], expected)
 
 
 def test_other_segments_keep_their_bits():

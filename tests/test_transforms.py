@@ -1,13 +1,12 @@
 """The ops under jit, vmap, remat, scan and shard_map."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_same_bits, packing, qkv, run
+from cases import assert_close, assert_same_bits, count_launches, packing, qkv, run
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
@@ -84,13 +83,6 @@ def test_nested_vmap(op):
     output, lse = jax.vmap(over_keys, (0, None, None, None))(query, key, *arrays[2:])
     for i, j in np.ndindex(2, 2):
         assert_close([output[i, j], lse[i, j]], attention(query[i], key[j], *arrays[2:]))
-
-
-def count_launches(function, *arrays):
-    """Kernels in a lowered function: custom calls on a GPU, callbacks in the interpreter."""
-    return len(
-        re.findall(r"custom_call @\w*(?:triton_kernel_call|callback)", jax.jit(function).lower(*arrays).as_text())
-    )
 
 
 def test_remat_keeps_named_residuals(op):

@@ -68,8 +68,8 @@ def chosen(kind, T, S, window_size, counted=False):
 WALKS = [
     (1, 1, 1, 0, "whole", False),
     (17, 5, 1, 17, "packed", True),
-    (40, 4, 3, 1, "single", False),
-    (63, 2, 5, 33, "packed", True),
+    (40, 3, 3, 1, "single", False),
+    (63, 1, 5, 33, "packed", True),
     (63, 3, 8, 0, "whole", False),
     (100, 1, 16, 17, "packed", False),
 ]
