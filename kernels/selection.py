@@ -14,9 +14,9 @@ the list first, so that only blocks before them are scored: candidates for what 
 import triton
 import triton.language as tl
 
+from .softmax import LOG2E
 from .tiles import inner, load_rows
 
-LOG2E = tl.constexpr(1.4426950408889634)
 KEPT = tl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
 LANES = tl.constexpr(32)  # candidates lie across a warp's lanes, tokens across warps: rounds need no shared memory
 NONE = tl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list

@@ -1,9 +1,9 @@
 """The compressed branch: attention to the windows of the query's segment that are complete."""
 
 import jax
-import jax.numpy as jnp
 
 from nsa_jax import checks, interval, launch, reference, segments
+from nsa_jax.residuals import nothing_seen
 
 Array = jax.Array
 
@@ -59,14 +59,13 @@ def compressed_attention(
 
 
 def _triton(query, key, value, *, window, stride, scale, segment_ids):
-    B, T, N, _ = query.shape
+    B, T = query.shape[:2]
     if window > T:
-        return jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+        return nothing_seen(query, value)
     query, key, value, segment_ids = launch.vary_together((query, key, value, segment_ids))
     tokens = segments.layout(segment_ids, B, T)
     intervals = segments.window_intervals(tokens, window, stride)
     query = segments.clear_padding(query, segment_ids)
-    full = (intervals.query_end > intervals.query_begin)[..., None, None]  # slots that hold a window
-    key, value = (jnp.where(full, x, jnp.zeros((), x.dtype)) for x in (key, value))
+    key, value = (segments.clear_empty_slots(x, intervals) for x in (key, value))
     spec = interval.Spec("compressed", scale, launch.dot_precision())
     return interval.attend(spec, query, key, value, intervals)

@@ -116,9 +116,8 @@ def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) ->
     block_indices, block_counts = routing.block_indices, routing.block_counts
     if compressed_key is not None:
         windows = segments.window_intervals(tokens, config.window, config.stride)
-        full = (windows.query_end > windows.query_begin)[..., None, None]  # slots that hold a window
         compressed_key, compressed_value = (
-            jnp.where(full, x, jnp.zeros((), x.dtype)) for x in (compressed_key, compressed_value)
+            segments.clear_empty_slots(x, windows) for x in (compressed_key, compressed_value)
         )
         output, lse = interval.forward(query, compressed_key, compressed_value, windows, specs[0])
         output, lse = name_residuals("compressed", output, lse)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import launch, tiling
-from nsa_jax.residuals import name_residuals, ungated_delta
+from nsa_jax.residuals import name_residuals, nothing_seen, ungated_delta
 from nsa_jax.segments import Intervals
 
 Array = jax.Array
@@ -52,8 +52,7 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
     from nsa_jax.kernels import interval as kernels
 
     if key.shape[1] == 0:
-        shape = (*query.shape[:3], value.shape[-1])
-        return jnp.zeros(shape, query.dtype), jnp.full(shape[:3], -jnp.inf, jnp.float32)
+        return nothing_seen(query, value)
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_forward, kernels.forward, shape, query.dtype)
 

@@ -79,7 +79,7 @@ def compressed_attention(
     query = segments.clear_padding(query, segment_ids)
     tokens = segments.layout(segment_ids, *query.shape[:2])
     seen = segments.window_intervals(tokens, window, stride)
-    key, value = (_clear_empty(x, tokens, window, stride) for x in (compressed_key, compressed_value))
+    key, value = (segments.clear_empty_slots(x, seen) for x in (compressed_key, compressed_value))
 
     def chunk(query, begin, end):
         return _attend(query, key, value, _within(begin, end, key.shape[1])[:, None], scale)
@@ -124,7 +124,7 @@ def select_blocks(
     query = segments.clear_padding(query, segment_ids)
     tokens = segments.layout(segment_ids, batch, length)
     seen = segments.window_intervals(tokens, window, stride)
-    key = _clear_empty(compressed_key, tokens, window, stride)
+    key = segments.clear_empty_slots(compressed_key, seen)
     counts = jnp.broadcast_to(jnp.asarray(block_counts, jnp.int32), (batch, length, heads))
     num_blocks = -(-length // block_size)
     num_init_blocks = min(num_init_blocks, num_blocks)
@@ -278,12 +278,6 @@ def _within(begin: Array, end: Array, size: int) -> Array:
 def _index(size: int, ndim: int) -> Array:
     """int32 0 .. size - 1 along the last of ndim axes, the others 1."""
     return jnp.arange(size, dtype=jnp.int32).reshape((1,) * (ndim - 1) + (size,))
-
-
-def _clear_empty(x: Array, tokens: segments.Layout, window: int, stride: int) -> Array:
-    """x [B, C, H, ...] with zeros in slots that hold no window."""
-    full = segments.window_starts(tokens, window, stride) >= 0
-    return jnp.where(full[..., None, None], x, jnp.zeros((), x.dtype))
 
 
 def _precision() -> jax.lax.Precision | None:

@@ -18,6 +18,12 @@ def name_residuals(branch: str, output: jax.Array, lse: jax.Array) -> tuple[jax.
     return checkpoint_name(output, f"nsa_{branch}_output"), checkpoint_name(lse, f"nsa_{branch}_lse")
 
 
+def nothing_seen(query: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, N, V] and lse [B, T, N] of queries that see nothing: zeros and -inf."""
+    B, T, N, _ = query.shape
+    return jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+
+
 def output_dot(d_output: jax.Array, output: jax.Array) -> jax.Array:
     """float32 rowsum(d_output * output), [B, T, N]: FlashAttention's delta, and the gradient of a gate."""
     return jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)

@@ -156,6 +156,12 @@ def clear_padding(x: Array, segment_ids: Array | None) -> Array:
     return jnp.where(valid, x, jnp.zeros((), x.dtype))
 
 
+def clear_empty_slots(x: Array, windows: Intervals) -> Array:
+    """x [B, C, ...] with zeros in the slots that hold no window; windows as `window_intervals` gives them."""
+    full = (windows.query_end > windows.query_begin).reshape(x.shape[:2] + (1,) * (x.ndim - 2))
+    return jnp.where(full, x, jnp.zeros((), x.dtype))
+
+
 def segment_ids_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
     """Cumulative sequence lengths, as varlen attention in PyTorch takes them, to segment ids.
 

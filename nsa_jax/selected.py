@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nsa_jax import checks, launch, reference, segments, tiling
 from nsa_jax.inverse import invert, more_items
-from nsa_jax.residuals import name_residuals, ungated_delta
+from nsa_jax.residuals import name_residuals, nothing_seen, ungated_delta
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import Choice, Walks, choose, walks
 
@@ -103,9 +103,8 @@ def selected_attention(
 
 
 def _triton(query, key, value, block_indices, *, block_counts, block_size, scale, segment_ids):
-    B, T, N, _ = query.shape
     if block_indices.shape[3] == 0:
-        return jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+        return nothing_seen(query, value)
     if block_counts is not None:
         block_counts = jnp.asarray(block_counts, jnp.int32)
     query, key, value, block_indices, block_counts, segment_ids = launch.vary_together(

@@ -93,10 +93,7 @@ def _triton(
     num_blocks = -(-T // block_size)
     S = min(max_block_count, num_blocks)
     counts = jnp.broadcast_to(jnp.asarray(block_counts, jnp.int32), (B, T, H))
-    if segment_ids is None:
-        query, key, lse, counts = launch.vary_together([query, key, lse, counts])
-    else:
-        query, key, lse, counts, segment_ids = launch.vary_together([query, key, lse, counts, segment_ids])
+    query, key, lse, counts, segment_ids = launch.vary_together((query, key, lse, counts, segment_ids))
     tokens = segments.layout(segment_ids, B, T)
     seen = segments.window_intervals(tokens, window, stride)
     counts = jnp.where(tokens.valid[..., None], jnp.clip(counts, 0, S), 0)

@@ -1,9 +1,9 @@
 """The sliding branch: attention to the last `window_size` tokens of the query's segment."""
 
 import jax
-import jax.numpy as jnp
 
 from nsa_jax import checks, interval, launch, reference, segments
+from nsa_jax.residuals import nothing_seen
 
 Array = jax.Array
 
@@ -54,9 +54,9 @@ def sliding_window_attention(
 
 
 def _triton(query, key, value, *, window_size, scale, segment_ids):
-    B, T, N, _ = query.shape
+    B, T = query.shape[:2]
     if window_size == 0:
-        return jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+        return nothing_seen(query, value)
     query, key, value, segment_ids = launch.vary_together((query, key, value, segment_ids))
     query, key, value = (segments.clear_padding(x, segment_ids) for x in (query, key, value))
     intervals = segments.sliding_intervals(segments.layout(segment_ids, B, T), window_size)

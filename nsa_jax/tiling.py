@@ -1,8 +1,8 @@
 """Tile sizes by architecture and shape: tables, nothing tuned at run time.
 
 A table lists tiles from the one that is fastest where it fits to the one that fits anywhere; a kernel gets the first
-whose operands fit the architecture's shared memory. Sizes marked "H200" were measured there, the others follow from
-them.
+whose operands fit the architecture's shared memory. No size was measured on a GPU yet: they follow from prototypes, and
+from the registers and spills that the compiler reports.
 """
 
 from typing import NamedTuple
