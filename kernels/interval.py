@@ -12,7 +12,7 @@ for all its heads and no group size wastes a row. Tiles that every row sees whol
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, finish, online_step
+from .softmax import LOG2E, exponent_factor, finish, online_step, scores
 from .tiles import accumulate, inner, load_rows, scaled, store_rows, zeros
 
 
@@ -82,20 +82,20 @@ def forward(
     last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), KEYS)
     lower, upper = _whole_tiles(begin, end, inside, first, last, KEYS, C)
 
+    factor: tl.constexpr = exponent_factor(SCALE)
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(lower, upper):
         place, k, v = _load_keys(i, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS)
-        score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)  # [ROWS, KEYS]
-        peak, total, sums = online_step(score, v, peak, total, sums, V_PARTS, PRECISION)
+        score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
+        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
         place, k, v = _load_keys(j, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS)
-        score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
         seen = (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
-        score = tl.where(seen, score, float("-inf"))
-        peak, total, sums = online_step(score, v, peak, total, sums, V_PARTS, PRECISION)
+        score = tl.where(seen, scores(q, k, SCALE, K_PARTS, PRECISION), float("-inf"))
+        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
     result, result_lse = finish(peak, total, sums, V_PARTS)
     store_rows(output + base * V, offset * V, result, inside, V, V_PARTS)

@@ -14,7 +14,7 @@ blocks. Arguments named sliding_* belong to it; with WINDOW 0 they are placehold
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, finish, online_step
+from .softmax import LOG2E, exponent_factor, finish, online_step, scores
 from .tiles import accumulate, added, inner, load_rows, scaled, store_rows, zeros
 
 
@@ -29,20 +29,6 @@ def _tile_rows(
     base = ((row * T + tile * TOKENS) * H + head) * G
     row_place = tl.load(place + row * T + tile * TOKENS + local, mask=inside, other=-1)
     return base, local * (H * G) + slot % G, inside, local, row_place
-
-
-@triton.jit
-def _plain_steps(begins, count, row_place, BLOCK: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr):
-    """How many blocks at the head of a walk every row sees whole and no window touches; told for single tokens only."""
-    edge: tl.constexpr = 1 + (WINDOW + BLOCK - 2) // BLOCK  # blocks that may be the query's own or in its window
-    plain = count * 0
-    if TOKENS == 1:
-        back = tl.arange(0, triton.next_power_of_2(edge))
-        real = (back < edge) & (back < count)
-        last = tl.load(begins + count - 1 - back, mask=real, other=0)
-        touched = real & (last + BLOCK > tl.max(row_place, 0) + 1 - WINDOW)
-        plain = count - tl.sum(touched.to(tl.int32), 0)
-    return plain
 
 
 @triton.jit
@@ -63,13 +49,13 @@ def _load_block(
 
 @triton.jit
 def _wanted(wanted_by, bit):
-    """[ROWS, 1]: whether the bit is set that stands for the row's token."""
-    return ((wanted_by >> bit) & 1 == 1)[:, None]
+    """[ROWS]: whether the bit is set that stands for the row's token."""
+    return (wanted_by >> bit) & 1 == 1
 
 
 @triton.jit
 def forward(
-    query, key, value, place, begins, members, counts, output, lse, sliding_output, sliding_lse,
+    query, key, value, place, begins, members, counts, plain_counts, output, lse, sliding_output, sliding_lse,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
@@ -85,8 +71,9 @@ def forward(
     unit = (row * H + head) * TILES + tile
     begins += unit * (TOKENS * S)
     members += unit * (TOKENS * S)
-    count = tl.load(counts + unit)
-    plain = _plain_steps(begins, count, row_place, KEYS * SHARES, TOKENS, WINDOW) * SHARES
+    steps = tl.load(counts + unit) * SHARES
+    plain = tl.load(plain_counts + unit) * SHARES
+    factor: tl.constexpr = exponent_factor(SCALE)
 
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -95,25 +82,26 @@ def forward(
         where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS
         )
-        score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)  # [ROWS, KEYS]
-        peak, total, sums = online_step(score, v, peak, total, sums, V_PARTS, PRECISION)
+        live = True if TOKENS == 1 else _wanted(wanted_by, local)
+        score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
+        peak, total, sums = online_step(score, live, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
     sliding_peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     sliding_total = tl.zeros([ROWS], dtype=tl.float32)
     sliding_sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
-    for i in range(plain, count * SHARES):
+    for i in range(plain, steps):
         where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS
         )
-        score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
+        live = _wanted(wanted_by, local)
+        score = scores(q, k, SCALE, K_PARTS, PRECISION)
         score = tl.where(where[None, :] <= row_place[:, None], score, float("-inf"))
-        chosen = tl.where(_wanted(wanted_by, local), score, float("-inf"))
-        peak, total, sums = online_step(chosen, v, peak, total, sums, V_PARTS, PRECISION)
+        peak, total, sums = online_step(score, live, v, peak, total, sums, factor, V_PARTS, PRECISION)
         if WINDOW > 0:
-            near = _wanted(wanted_by, local + 16) & (where[None, :] > row_place[:, None] - WINDOW)
-            score = tl.where(near, score, float("-inf"))
+            live = _wanted(wanted_by, local + 16)
+            score = tl.where(where[None, :] > row_place[:, None] - WINDOW, score, float("-inf"))
             sliding_peak, sliding_total, sliding_sums = online_step(
-                score, v, sliding_peak, sliding_total, sliding_sums, V_PARTS, PRECISION
+                score, live, v, sliding_peak, sliding_total, sliding_sums, factor, V_PARTS, PRECISION
             )
 
     result, result_lse = finish(peak, total, sums, V_PARTS)
@@ -136,7 +124,7 @@ def _load_statistics(lse, delta, weight, offset, mask):
 @triton.jit
 def backward_query(
     query, key, value, d_output, lse, delta, weight, sliding_lse, sliding_delta, sliding_weight,
-    place, begins, members, counts, d_query,
+    place, begins, members, counts, plain_counts, d_query,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
@@ -154,36 +142,85 @@ def backward_query(
     unit = (row * H + head) * TILES + tile
     begins += unit * (TOKENS * S)
     members += unit * (TOKENS * S)
-    count = tl.load(counts + unit)
-    plain = _plain_steps(begins, count, row_place, KEYS * SHARES, TOKENS, WINDOW) * SHARES
+    steps = tl.load(counts + unit) * SHARES
+    plain = tl.load(plain_counts + unit) * SHARES
+    factor: tl.constexpr = exponent_factor(SCALE)
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
     for i in range(plain):
         where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS
         )
-        p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])  # [ROWS, KEYS]
+        # one number per row hides all of it, which costs less than a mask
+        subtrahend = row_lse if TOKENS == 1 else tl.where(_wanted(wanted_by, local), row_lse, float("inf"))
+        p = tl.exp2(scores(q, k, SCALE, K_PARTS, PRECISION) * factor - subtrahend[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
     dq = scaled(dq, row_weight[:, None], K_PARTS)
-    for i in range(plain, count * SHARES):
+    for i in range(plain, steps):
         where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS
         )
-        score = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
+        exponent = scores(q, k, SCALE, K_PARTS, PRECISION) * factor
         dp = inner(do, v, V_PARTS, PRECISION)
         seen = where[None, :] <= row_place[:, None]
-        ds = tl.exp2(score - row_lse[:, None]) * (dp - row_delta[:, None]) * row_weight[:, None]
-        ds = tl.where(seen & _wanted(wanted_by, local), ds, 0.0)
+        ds = tl.exp2(exponent - row_lse[:, None]) * (dp - row_delta[:, None]) * row_weight[:, None]
+        ds = tl.where(seen & _wanted(wanted_by, local)[:, None], ds, 0.0)
         if WINDOW > 0:
             near_lse, near_delta, near_weight = _load_statistics(
                 sliding_lse, sliding_delta, sliding_weight, base + offset, inside
             )
-            near = seen & _wanted(wanted_by, local + 16) & (where[None, :] > row_place[:, None] - WINDOW)
-            near_ds = tl.exp2(score - near_lse[:, None]) * (dp - near_delta[:, None]) * near_weight[:, None]
+            near = seen & _wanted(wanted_by, local + 16)[:, None] & (where[None, :] > row_place[:, None] - WINDOW)
+            near_ds = tl.exp2(exponent - near_lse[:, None]) * (dp - near_delta[:, None]) * near_weight[:, None]
             ds += tl.where(near, near_ds, 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
     store_rows(d_query + base * K, offset * K, scaled(dq, SCALE, K_PARTS), inside, K, K_PARTS)
+
+
+@triton.jit
+def _key_gradients(
+    begin, slots, dk, dv, k, v, where, query, d_output, lse, delta, weight,
+    sliding_lse, sliding_delta, sliding_weight, place, choosers, row, head,
+    T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, PLAIN: tl.constexpr,
+    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to dk [KEYS, K] (still unscaled) and dv [KEYS, V] what the slots from `begin` on give, ROWS of them.
+
+    A slot is a (chooser, head of the group) pair. PLAIN: all of them see all keys, and no window reaches here.
+    """
+    slot = begin + tl.arange(0, ROWS)
+    real = slot < slots
+    chooser = tl.load(choosers + slot // G, mask=real, other=0)
+    token = row * T + (chooser >> 1)
+    offset = token * (H * G) + head * G + slot % G
+    q = load_rows(query, offset * K, real, K, K_PARTS)  # [ROWS, K]
+    do = load_rows(d_output, offset * V, real, V, V_PARTS)  # [ROWS, V]
+    row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, offset, real)
+    exponent = scores(k, q, SCALE, K_PARTS, PRECISION) * exponent_factor(SCALE)  # [KEYS, ROWS]
+    p = tl.exp2(exponent - row_lse[None, :])
+    if PLAIN:
+        p *= row_weight[None, :]
+        dv = accumulate(dv, p, do, V_PARTS, PRECISION)
+        ds = p * (inner(v, do, V_PARTS, PRECISION) - row_delta[None, :])
+    else:
+        row_place = tl.load(place + token, mask=real, other=-1)
+        seen = where[:, None] <= row_place[None, :]
+        chosen = seen & (chooser & 1 == 1)[None, :] if WINDOW > 0 else seen
+        p = tl.where(chosen, p * row_weight[None, :], 0.0)
+        dp = inner(v, do, V_PARTS, PRECISION)
+        ds = p * (dp - row_delta[None, :])
+        if WINDOW > 0:
+            near_lse, near_delta, near_weight = _load_statistics(
+                sliding_lse, sliding_delta, sliding_weight, offset, real
+            )
+            near = seen & (where[:, None] > row_place[None, :] - WINDOW)
+            near_p = tl.where(near, tl.exp2(exponent - near_lse[None, :]) * near_weight[None, :], 0.0)
+            p += near_p
+            ds += near_p * (dp - near_delta[None, :])
+        dv = accumulate(dv, p, do, V_PARTS, PRECISION)
+    dk = accumulate(dk, ds, q, K_PARTS, PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -226,33 +263,21 @@ def backward_key_value(
         v = load_rows(value + base * V, local * (H * V), inside, V, V_PARTS)  # [KEYS, V]
         dk = zeros(KEYS, K_PARTS)
         dv = zeros(KEYS, V_PARTS)
-        for begin in range(0, slots, ROWS):
-            slot = begin + tl.arange(0, ROWS)
-            real = slot < slots
-            chooser = tl.load(choosers + first + slot // G, mask=real, other=0)
-            token = row * T + (chooser >> 1)
-            offset = token * (H * G) + head * G + slot % G
-            q = load_rows(query, offset * K, real, K, K_PARTS)  # [ROWS, K]
-            do = load_rows(d_output, offset * V, real, V, V_PARTS)  # [ROWS, V]
-            row_place = tl.load(place + token, mask=real, other=-1)
-            row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, offset, real)
-            score = inner(k, q, K_PARTS, PRECISION) * (SCALE * LOG2E)  # [KEYS, ROWS]
-            dp = inner(v, do, V_PARTS, PRECISION)
-            seen = where[:, None] <= row_place[None, :]
-            chosen = seen & (chooser & 1 == 1)[None, :] if WINDOW > 0 else seen
-            p = tl.where(chosen, tl.exp2(score - row_lse[None, :]) * row_weight[None, :], 0.0)
-            ds = p * (dp - row_delta[None, :])
-            if WINDOW > 0:
-                if tl.min(tl.where(real, row_place, C), 0) < first_key + KEYS + WINDOW:  # some window may reach here
-                    near_lse, near_delta, near_weight = _load_statistics(
-                        sliding_lse, sliding_delta, sliding_weight, offset, real
-                    )
-                    near = seen & (where[:, None] > row_place[None, :] - WINDOW)
-                    near_p = tl.where(near, tl.exp2(score - near_lse[None, :]) * near_weight[None, :], 0.0)
-                    p += near_p
-                    ds += near_p * (dp - near_delta[None, :])
-            dv = accumulate(dv, p, do, V_PARTS, PRECISION)
-            dk = accumulate(dk, ds, q, K_PARTS, PRECISION)
+        # a block's choosers are distinct tokens, ascending from its first: only so many stand in it or near it
+        near = tl.maximum(tl.minimum((BLOCK + WINDOW - chunk * CHUNK) * G, slots), 0)
+        near_steps = tl.cdiv(near, ROWS)
+        for i in range(near_steps):
+            dk, dv = _key_gradients(
+                i * ROWS, slots, dk, dv, k, v, where, query, d_output, lse, delta, weight,
+                sliding_lse, sliding_delta, sliding_weight, place, choosers + first, row, head,
+                T, H, G, K, V, SCALE, WINDOW, ROWS, False, K_PARTS, V_PARTS, PRECISION,
+            )  # fmt: skip
+        for i in range(near_steps, tl.cdiv(slots, ROWS)):
+            dk, dv = _key_gradients(
+                i * ROWS, slots, dk, dv, k, v, where, query, d_output, lse, delta, weight,
+                sliding_lse, sliding_delta, sliding_weight, place, choosers + first, row, head,
+                T, H, G, K, V, SCALE, WINDOW, ROWS, True, K_PARTS, V_PARTS, PRECISION,
+            )  # fmt: skip
         dk = scaled(dk, SCALE, K_PARTS)
         if chunk == 0:
             store_rows(d_key + base * K, local * (H * K), dk, inside, K, K_PARTS)

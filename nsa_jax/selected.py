@@ -134,6 +134,10 @@ def _walking(kernel, choose_tile, constants: dict, spec: Spec, dtype) -> tuple[i
     return max(1, min(16, tile.rows // G)), tile
 
 
+def _walks(choice: Choice, tokens: int, spec: Spec) -> Walks:
+    return walks(choice, tokens, spec.block_size, spec.window_size)
+
+
 def _wanted(choice: Choice) -> int:
     """The most blocks a query wants."""
     return choice.selected.shape[3] + choice.touched.shape[2]
@@ -162,7 +166,7 @@ def forward(query: Array, key: Array, value: Array, choice: Choice, spec: Spec) 
             **constants,
         )  # fmt: skip
 
-    output, lse, *sliding = launch.fold_vmap(run)(query, key, value, choice.place, *walks(choice, tokens))
+    output, lse, *sliding = launch.fold_vmap(run)(query, key, value, choice.place, *_walks(choice, tokens, spec))
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
@@ -190,7 +194,7 @@ def backward_query(
         )  # fmt: skip
 
     (d_query,) = launch.fold_vmap(run)(
-        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *walks(choice, tokens)
+        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *_walks(choice, tokens, spec)
     )
     return d_query
 
@@ -212,7 +216,7 @@ def backward_key_value(
     def run(query, key, value, *arrays):
         B, _, N, K = query.shape
         C, H, V = value.shape[1:]
-        arrays, token_walks, blocks = arrays[:8], Walks(*arrays[8:11]), Blocks(*arrays[11:])
+        arrays, token_walks, blocks = arrays[:8], Walks(*arrays[8:12]), Blocks(*arrays[12:])
         items = invert(token_walks, blocks, chunk)
         programs = -(-C // spec.block_size) + more
         shares = spec.block_size // tile.keys
@@ -235,7 +239,7 @@ def backward_key_value(
         ]
 
     d_key, d_value = launch.fold_vmap(run)(
-        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *walks(choice, 1), *choice.blocks
+        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *_walks(choice, 1, spec), *choice.blocks
     )
     return d_key, d_value
 

@@ -110,20 +110,20 @@ def walk_units(entries: int) -> int:
     return max(1, 2048 // entries)
 
 
-_SELECTED_FORWARD = (Tile(16, 64, 1, 2), Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
-_SELECTED_BACKWARD_QUERY = (Tile(16, 64, 2, 2), Tile(16, 32, 2, 2), Tile(16, 16, 2, 2), Tile(16, 16, 2, 1))
+_SELECTED_FORWARD = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 1))
+_SELECTED_BACKWARD_QUERY = (Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
 _SELECTED_BACKWARD_KEY_VALUE = (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 _SELECTED_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 
 
 def _walking(tiles, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
-    """The first tile that fits, its rows and warps grown with the group and the width (the tables are for G = 16)."""
-    rows = max(16, power_of_two(group))
+    """The first tile that fits, its rows and warps changed to hold as many tokens as the tables do with G = 16."""
+    rows = max(power_of_two(group), min(128, max(16, tiles[0].rows * power_of_two(group) // 16)))
     if capability == INTERPRETER:
         return Tile(rows, min(block_size, 32), 4, 1)
-    growth = rows // 16 * max(1, power_of_two(columns) // 256)
-    grown = (t._replace(rows=rows, warps=min(8, t.warps * growth)) for t in tiles if t.keys <= block_size)
-    return _fit(tuple(grown), capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
+    warps = min(8, rows // 16 * max(1, power_of_two(columns) // 256))
+    changed = tuple(t._replace(rows=rows, warps=warps) for t in tiles if t.keys <= block_size)
+    return _fit(changed, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
 def selected_forward(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:

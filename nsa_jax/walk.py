@@ -37,11 +37,13 @@ class Walks(NamedTuple):
         begins: int32 [B, H, tiles, tokens * (S + X)], first keys, ascending, without repeats, NOWHERE after the last.
         members: int32, likewise, which tokens of the tile want the block.
         counts: int32 [B, H, tiles], the blocks of a walk.
+        plain_counts: int32 [B, H, tiles], how many of them, the first ones, lie before every token and its window.
     """
 
     begins: Array
     members: Array
     counts: Array
+    plain_counts: Array
 
 
 def choose(
@@ -83,26 +85,26 @@ def _blocks_touched(window_size: int, block_size: int) -> int:
     return 1 + (window_size + block_size - 2) // block_size if window_size else 0
 
 
-def walks(choice: Choice, tokens: int) -> Walks:
-    """The Walks of tiles of `tokens` tokens, at most 16."""
+def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) -> Walks:
+    """The Walks of tiles of `tokens` tokens, at most 16; the other arguments as in `choose`."""
     from nsa_jax.kernels import walk as kernels
 
     B, T, H, chosen = choice.selected.shape
     touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
     first_keys = jnp.concatenate([choice.selected, touched], axis=3)
 
-    def run(first_keys):
+    def run(first_keys, place):
         B, T, H, S = first_keys.shape
         tiles = -(-T // tokens)
         shape = (B, H, tiles, tokens * S)
         sides = tiling.power_of_two(tokens), tiling.power_of_two(S)
         units = tiling.walk_units(sides[0] * sides[1])
         return launch.launch(
-            kernels.walk, first_keys,
-            outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3])],
+            kernels.walk, first_keys, place,
+            outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
             programs=-(-tiles // units) * H * B, warps=4, stages=1, flops=0,
-            T=T, H=H, S=S, CHOSEN=chosen, TOKENS=tokens, UNITS=units, TILES=tiles,
-            TOKENS_SIDE=sides[0], S_SIDE=sides[1],
+            T=T, H=H, S=S, CHOSEN=chosen, BLOCK=block_size, WINDOW=window_size, TOKENS=tokens, UNITS=units,
+            TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
         )  # fmt: skip
 
-    return Walks(*launch.fold_vmap(run)(first_keys))
+    return Walks(*launch.fold_vmap(run)(first_keys, choice.place))

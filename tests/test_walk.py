@@ -79,10 +79,10 @@ WALKS = [
 def test_walks(case):
     T, S, tokens, window_size, kind, counted = case
     choice, table = chosen(kind, T, S, window_size, counted)
-    begins, members, counts = map(np.asarray, walks(choice, tokens))
+    begins, members, counts, plain_counts = map(np.asarray, walks(choice, tokens, BLOCK, window_size))
     tiles = -(-T // tokens)
     assert begins.shape == members.shape == (B, H, tiles, tokens * (S + choice.touched.shape[2]))
-    assert counts.shape == (B, H, tiles)
+    assert counts.shape == plain_counts.shape == (B, H, tiles)
     for b, h, tile in np.ndindex(B, H, tiles):
         bits = collections.Counter()
         for i, t in enumerate(range(tile * tokens, min(T, (tile + 1) * tokens))):
@@ -92,6 +92,8 @@ def test_walks(case):
         assert begins[b, h, tile, :count].tolist() == sorted(bits)
         assert members[b, h, tile, :count].view(np.uint32).tolist() == [bits[begin] for begin in sorted(bits)]
         assert (begins[b, h, tile, count:] == NOWHERE).all()
+        plain = [begin for begin in bits if begin + BLOCK + window_size <= tile * tokens + 1]
+        assert plain_counts[b, h, tile] == len(plain)
 
 
 def test_blocks_hold_every_token_once():
@@ -123,7 +125,7 @@ ITEMS = [
 def test_inverse(case):
     T, S, chunk, window_size, kind = case
     choice, table = chosen(kind, T, S, window_size)
-    token_walks = walks(choice, 1)
+    token_walks = walks(choice, 1, BLOCK, window_size)
     items = invert(token_walks, choice.blocks, chunk)
     choosers, chooser_first, item_first, item_block = map(np.asarray, items)
     begin, count = np.asarray(choice.blocks.begin), np.asarray(choice.blocks.count)
@@ -160,6 +162,6 @@ def test_too_many_blocks_for_32_bits():
     with pytest.raises(ValueError, match="block_indices: 32768 rows x 1 heads x 65536 blocks do not fit 32-bit"):
         jax.eval_shape(
             lambda walks, blocks: invert(walks, blocks, 16),
-            Walks(long, long, jax.ShapeDtypeStruct((rows, 1, T), jnp.int32)),
+            Walks(long, long, *[jax.ShapeDtypeStruct((rows, 1, T), jnp.int32)] * 2),
             Blocks(each, each, each, jax.ShapeDtypeStruct((rows,), jnp.int32)),
         )
