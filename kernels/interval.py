@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LOG2E, exponent_factor, finish, online_step, scores
-from .tiles import accumulate, inner, load_rows, scaled, store_rows, zeros
+from .tiles import accumulate, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
 @triton.jit
@@ -52,14 +52,12 @@ def _edge_tile(i, first, lower, upper):
 @triton.jit
 def _load_keys(
     tile, key, value, row, head, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KEYS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    KEYS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Key tile number `tile`: its places [KEYS], keys and values."""
-    local = tl.arange(0, KEYS)
-    place = tile * KEYS + local
-    base = (row * C + tile * KEYS) * H + head
-    keys = load_rows(key + base * K, local * (H * K), place < C, K, K_PARTS)  # [KEYS, K]
-    values = load_rows(value + base * V, local * (H * V), place < C, V, V_PARTS)  # [KEYS, V]
+    place = tile * KEYS + tl.arange(0, KEYS)
+    keys = load_keys(key, row, tile * KEYS, head, place < C, C, H, K, KEYS, K_PARTS, DESCRIPTORS)  # [KEYS, K]
+    values = load_keys(value, row, tile * KEYS, head, place < C, C, H, V, KEYS, V_PARTS, DESCRIPTORS)  # [KEYS, V]
     return place, keys, values
 
 
@@ -68,7 +66,7 @@ def forward(
     query, key, value, key_begin, key_end, output, lse,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
     tile, head, row = _program(TILES, H)
@@ -87,12 +85,12 @@ def forward(
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(lower, upper):
-        place, k, v = _load_keys(i, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS)
+        place, k, v = _load_keys(i, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
         peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        place, k, v = _load_keys(j, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS)
+        place, k, v = _load_keys(j, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
         seen = (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
         score = tl.where(seen, scores(q, k, SCALE, K_PARTS, PRECISION), float("-inf"))
         peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
@@ -107,7 +105,7 @@ def backward_query(
     query, key, value, d_output, lse, delta, weight, key_begin, key_end, d_query,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """d_query [B, T, N, K]. The cotangent of the output is weight * d_output; delta is rowsum(d_output * output)."""
     tile, head, row = _program(TILES, H)
@@ -126,13 +124,13 @@ def backward_query(
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
     for i in range(lower, upper):
-        place, k, v = _load_keys(i, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS)
+        place, k, v = _load_keys(i, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        place, k, v = _load_keys(j, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS)
+        place, k, v = _load_keys(j, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
         seen = (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])
         ds = tl.where(seen, p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None]), 0.0)
@@ -145,12 +143,17 @@ def _key_gradients(
     tile, mask_begin, mask_end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the rows of query tile number `tile` give to dk [KEYS, K] (still unscaled) and dv [KEYS, V]."""
     base, offset, token, inside = _query_rows(tile, row, head, T, H, G, ROWS)
-    q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
-    do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
+    if DESCRIPTORS:
+        place = [row.to(tl.int32), tile * (ROWS // G), head * G, 0]
+        q = (tl.reshape(query.load(place), [ROWS, K]),)
+        do = (tl.reshape(d_output.load(place), [ROWS, V]),)
+    else:
+        q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
+        do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + base + offset, mask=inside, other=0.0)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0).to(tl.float32)
@@ -170,6 +173,7 @@ def backward_key_value(
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     SPLITS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """d_key, d_value [SPLITS, B, C, H, K|V], one part per share of the queries. Grid: TILES * SPLITS * H * B."""
     program, head, row = _program(TILES * SPLITS, H)
@@ -196,13 +200,13 @@ def backward_key_value(
     for i in range(lower, upper):
         dk, dv = _key_gradients(
             i, begin, end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
-            T, H, G, K, V, SCALE, ROWS, False, K_PARTS, V_PARTS, PRECISION,
+            T, H, G, K, V, SCALE, ROWS, False, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
         dk, dv = _key_gradients(
             j, begin, end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
-            T, H, G, K, V, SCALE, ROWS, True, K_PARTS, V_PARTS, PRECISION,
+            T, H, G, K, V, SCALE, ROWS, True, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     base += split.to(tl.int64) * (B * C * H)
     store_rows(d_key + base * K, local * (H * K), scaled(dk, SCALE, K_PARTS), inside, K, K_PARTS)

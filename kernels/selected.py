@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LOG2E, exponent_factor, finish, online_step, scores
-from .tiles import accumulate, added, inner, load_rows, scaled, store_rows, zeros
+from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
 @triton.jit
@@ -35,16 +35,16 @@ def _tile_rows(
 def _load_block(
     i, begins, members, key, value, row, head, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KEYS: tl.constexpr, SHARES: tl.constexpr, PLAIN: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Step i of a walk, a block being SHARES steps of KEYS keys: places [KEYS], who wants it, keys and values."""
     wanted_by = tl.load(members + i // SHARES)
     first = tl.load(begins + i // SHARES) + i % SHARES * KEYS
-    local = tl.arange(0, KEYS)
-    inside = local < (KEYS if PLAIN else C - first)
-    base = (row * C + first) * H + head
-    keys = load_rows(key + base * K, local * (H * K), inside, K, K_PARTS)  # [KEYS, K]
-    values = load_rows(value + base * V, local * (H * V), inside, V, V_PARTS)  # [KEYS, V]
-    return first + local, wanted_by, keys, values
+    where = first + tl.arange(0, KEYS)
+    inside = where < (first + KEYS if PLAIN else C)
+    keys = load_keys(key, row, first, head, inside, C, H, K, KEYS, K_PARTS, DESCRIPTORS)  # [KEYS, K]
+    values = load_keys(value, row, first, head, inside, C, H, V, KEYS, V_PARTS, DESCRIPTORS)  # [KEYS, V]
+    return where, wanted_by, keys, values
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def forward(
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """output, sliding_output [B, T, N, V]; lse, sliding_lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
     program = tl.program_id(0)
@@ -80,7 +80,7 @@ def forward(
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(plain):
         where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS
+            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS, DESCRIPTORS
         )
         live = True if TOKENS == 1 else _wanted(wanted_by, local)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
@@ -91,7 +91,7 @@ def forward(
     sliding_sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(plain, steps):
         where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS
+            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS, DESCRIPTORS
         )
         live = _wanted(wanted_by, local)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)
@@ -128,7 +128,7 @@ def backward_query(
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """d_query [B, T, N, K]. An output has the cotangent weight * d_output; delta is rowsum(d_output * output)."""
     program = tl.program_id(0)
@@ -149,7 +149,7 @@ def backward_query(
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
     for i in range(plain):
         where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS
+            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS, DESCRIPTORS
         )
         # one number per row hides all of it, which costs less than a mask
         subtrahend = row_lse if TOKENS == 1 else tl.where(_wanted(wanted_by, local), row_lse, float("inf"))
@@ -159,7 +159,7 @@ def backward_query(
     dq = scaled(dq, row_weight[:, None], K_PARTS)
     for i in range(plain, steps):
         where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS
+            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS, DESCRIPTORS
         )
         exponent = scores(q, k, SCALE, K_PARTS, PRECISION) * factor
         dp = inner(do, v, V_PARTS, PRECISION)

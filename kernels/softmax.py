@@ -1,4 +1,4 @@
-"""The online softmax. Its exponents are of base 2 and of a product q k^T times a positive factor, which holds log2(e)."""
+"""The online softmax, in base 2: a score is a product q k^T, to be multiplied by a factor that holds log2(e)."""
 
 import triton
 import triton.language as tl

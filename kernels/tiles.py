@@ -28,6 +28,23 @@ def load_rows(base, offset, mask, D: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def load_keys(
+    source, row, first, head, inside, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    KEYS: tl.constexpr, PARTS: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """KEYS rows from `first` on of one row and head of [B, C, H, D], as a tuple of [KEYS, PARTS[i]] tiles.
+
+    Those that are not `inside` [KEYS] may be anything, those from C on are zero. DESCRIPTOR: `source` is no pointer but
+    a tensor descriptor with blocks [1, KEYS, 1, D], which the copy engine reads.
+    """
+    if DESCRIPTOR:
+        return (tl.reshape(source.load([row.to(tl.int32), first, head, 0]), [KEYS, D]),)
+    else:
+        base = source + ((row * C + first) * H + head) * D
+        return load_rows(base, tl.arange(0, KEYS) * (H * D), inside, D, PARTS)
+
+
+@triton.jit
 def store_rows(base, offset, tiles, mask, D: tl.constexpr, PARTS: tl.constexpr):
     """Writes a tuple of [M, PARTS[i]] tiles to the rows at base + offset [M], in the buffer's dtype."""
     for i in tl.static_range(len(PARTS)):

@@ -61,7 +61,7 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
         C, H, V = value.shape[1:]
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
-            kernels.forward, query, key, value, key_begin, key_end,
+            kernels.forward, query, *launch.key_tiles(kernels.forward, tile.keys, key, value), key_begin, key_end,
             outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (K + V),
@@ -84,12 +84,12 @@ def backward_query(
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_query, kernels.backward_query, shape, query.dtype)
 
-    def run(*arrays):
-        B, T, N, K = arrays[0].shape
-        C, H, V = arrays[2].shape[1:]
+    def run(query, key, value, *arrays):
+        B, T, N, K = query.shape
+        C, H, V = value.shape[1:]
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
-            kernels.backward_query, *arrays,
+            kernels.backward_query, query, *launch.key_tiles(kernels.backward_query, tile.keys, key, value), *arrays,
             outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype),),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (2 * K + V),
@@ -114,15 +114,16 @@ def backward_key_value(
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_key_value, kernels.backward_key_value, shape, query.dtype)
 
-    def run(*arrays):
-        B, T, N, K = arrays[0].shape
-        C, H, V = arrays[2].shape[1:]
+    def run(query, key, value, d_output, *arrays):
+        B, T, N, K = query.shape
+        C, H, V = value.shape[1:]
+        query, d_output = launch.query_tiles(kernels.backward_key_value, tile.rows, N // H, query, d_output)
         tiles = -(-C // tile.keys)
         seen_by = min(T, spec.reach + tile.keys) if spec.reach else T
         splits = tiling.interval_splits(tiles * H * B, seen_by * (N // H), tile.rows)
         kind = key.dtype if splits == 1 else jnp.float32
         d_key, d_value = launch.launch(
-            kernels.backward_key_value, *arrays,
+            kernels.backward_key_value, query, key, value, d_output, *arrays,
             outputs=tuple(jax.ShapeDtypeStruct((splits, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * splits * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (2 * K + 2 * V),

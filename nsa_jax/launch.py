@@ -12,11 +12,14 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
+
+from nsa_jax import tiling
 
 Array = jax.Array
 
@@ -61,11 +64,18 @@ def capability_of(kernel) -> int:
 
 _PTX_VERSIONS = {100: 86, 101: 86, 120: 87, 103: 88, 121: 88}
 _OLDEST_PTX_VERSION, _NEWEST_PTX_VERSION = 80, 90
+_DESCRIPTOR_PTX_VERSION = 86  # CUDA 12.7
 
 
-def ptx_version(capability: int) -> int:
-    """The lowest PTX version that knows the architecture: what the ptxas of the CUDA that JAX uses must accept."""
-    return _OLDEST_PTX_VERSION if capability <= 90 else _PTX_VERSIONS.get(capability, _NEWEST_PTX_VERSION)
+def ptx_version(capability: int, descriptors: bool = False) -> int:
+    """The lowest PTX version that knows what is used: the ptxas of the CUDA that JAX uses must accept it.
+
+    Args:
+        capability: of the architecture.
+        descriptors: whether the kernel reads through tensor descriptors.
+    """
+    version = _OLDEST_PTX_VERSION if capability <= 90 else _PTX_VERSIONS.get(capability, _NEWEST_PTX_VERSION)
+    return max(version, _DESCRIPTOR_PTX_VERSION) if descriptors else version
 
 
 def dot_precision() -> str:
@@ -118,9 +128,31 @@ def fold_vmap(function: Callable) -> Callable:
     return folded
 
 
+class Tiled(NamedTuple):
+    """An array that a kernel reads through a tensor descriptor, in blocks of this shape."""
+
+    array: Array
+    block_shape: tuple[int, ...]
+
+
+def key_tiles(kernel, keys: int, *arrays: Array) -> tuple[Array | Tiled, ...]:
+    """Arrays [B, C, H, D], Tiled in blocks of `keys` of one head where the kernel can read them so on its device."""
+    if tiling.descriptors(capability_of(kernel), [x.shape[3] for x in arrays]):
+        return tuple(Tiled(x, (1, keys, 1, x.shape[3])) for x in arrays)
+    return arrays
+
+
+def query_tiles(kernel, rows: int, group: int, *arrays: Array) -> tuple[Array | Tiled, ...]:
+    """Arrays [B, T, N, D], Tiled in blocks of `rows` (token, head of the group) pairs where the kernel can."""
+    fits = rows % group == 0 and group == tiling.power_of_two(group)
+    if fits and tiling.descriptors(capability_of(kernel), [x.shape[3] for x in arrays]):
+        return tuple(Tiled(x, (1, rows // group, group, x.shape[3])) for x in arrays)
+    return arrays
+
+
 def launch(
     kernel,
-    *arrays: Array,
+    *arrays: Array | Tiled,
     outputs: Sequence[jax.ShapeDtypeStruct],
     programs: int,
     warps: int,
@@ -132,7 +164,8 @@ def launch(
 
     Args:
         kernel: a triton.jit function whose parameters are the input pointers, the output pointers, then constexprs.
-        *arrays: one array per input pointer.
+            The constexpr DESCRIPTORS, if it has one, tells whether it got Tiled arrays.
+        *arrays: one array per input pointer, one Tiled per tensor descriptor.
         outputs: shape and dtype per output pointer; the kernel writes every element.
         programs: size of the grid, which has one axis.
         warps, stages: num_warps and num_stages.
@@ -147,6 +180,8 @@ def launch(
         ValueError: the grid is too large.
     """
     names = list(kernel.arg_names)
+    if "DESCRIPTORS" in names:
+        constants["DESCRIPTORS"] = _described(arrays)
     pointers = names[: len(arrays) + len(outputs)]
     if set(names[len(pointers) :]) != set(constants):
         wrong = sorted(set(names[len(pointers) :]) ^ set(constants))
@@ -156,12 +191,16 @@ def launch(
     if programs == 0:
         return [jnp.zeros(out.shape, out.dtype) for out in outputs]
 
-    axes = varying_axes(arrays)
+    axes = varying_axes([x.array if isinstance(x, Tiled) else x for x in arrays])
     if _is_interpreted(kernel):
         results = _interpret(kernel, arrays, outputs, programs, constants)
     else:
         results = _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
     return [_vary(result, axes) for result in results]
+
+
+def _described(arrays) -> bool:
+    return any(isinstance(x, Tiled) for x in arrays)
 
 
 def _is_interpreted(kernel) -> bool:
@@ -173,9 +212,10 @@ def _is_interpreted(kernel) -> bool:
 def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants):
     jax_triton = _jax_triton()
     capability = compute_capability()
-    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *outputs))
+    plain = [x.array if isinstance(x, Tiled) else x for x in arrays]
+    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*plain, *outputs))
     return jax_triton.triton_call(
-        *arrays,
+        *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
         kernel=kernel,
         out_type=list(outputs),
         grid=(programs,),
@@ -183,7 +223,7 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
         num_warps=warps,
         num_stages=stages,
         compute_capability=capability,
-        backend_options={"ptx_version": ptx_version(capability), "enable_fp_fusion": True},
+        backend_options={"ptx_version": ptx_version(capability, _described(arrays)), "enable_fp_fusion": True},
         cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
         **constants,
     )
@@ -246,12 +286,19 @@ _interpreter_lock = threading.Lock()  # the interpreter patches triton.language 
 
 def _interpret(kernel, arrays, outputs, programs, constants):
     """The kernel in Triton's interpreter, bfloat16 held as float32 (its bfloat16 products are wrong)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     def widened(dtype):
         return np.dtype(np.float32) if dtype == jnp.bfloat16 else np.dtype(dtype)
 
     def run(*inputs):
         inputs = [np.ascontiguousarray(x, widened(x.dtype)) for x in inputs]
+        operands = [
+            TensorDescriptor(_Tensor(x), list(x.shape), [s // x.itemsize for s in x.strides], list(y.block_shape))
+            if isinstance(y, Tiled)
+            else _Tensor(x)
+            for x, y in zip(inputs, arrays, strict=True)
+        ]
         # poison: a kernel that leaves an element unwritten must not pass for one that writes zero
         results = [
             np.full(
@@ -262,7 +309,7 @@ def _interpret(kernel, arrays, outputs, programs, constants):
             for out in outputs
         ]
         with _interpreter_lock, np.errstate(all="ignore"):
-            kernel[(programs,)](*map(_Tensor, (*inputs, *results)), **constants)
+            kernel[(programs,)](*operands, *map(_Tensor, results), **constants)
         return [result.astype(out.dtype) for result, out in zip(results, outputs, strict=True)]
 
-    return jax.pure_callback(run, list(outputs), *arrays)
+    return jax.pure_callback(run, list(outputs), *(x.array if isinstance(x, Tiled) else x for x in arrays))

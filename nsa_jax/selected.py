@@ -151,14 +151,14 @@ def forward(query: Array, key: Array, value: Array, choice: Choice, spec: Spec) 
     S = _wanted(choice)
     tokens, tile = _walking(kernels.forward, tiling.selected_forward, constants, spec, query.dtype)
 
-    def run(query, *arrays):
+    def run(query, key, value, *arrays):
         B, T, N, K = query.shape
-        H, V = arrays[1].shape[2:]
+        H, V = value.shape[2:]
         tiles = -(-T // tokens)
         branch = jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)
         placeholder = [jax.ShapeDtypeStruct((B,) + (1,) * (len(x.shape) - 1), x.dtype) for x in branch]
         return launch.launch(
-            kernels.forward, query, *arrays,
+            kernels.forward, query, *launch.key_tiles(kernels.forward, tile.keys, key, value), *arrays,
             outputs=(*branch, *(branch if spec.window_size else placeholder)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * (K + V),
@@ -180,12 +180,12 @@ def backward_query(
     S = _wanted(choice)
     tokens, tile = _walking(kernels.backward_query, tiling.selected_backward_query, constants, spec, query.dtype)
 
-    def run(*arrays):
-        B, T, N, K = arrays[0].shape
-        H, V = arrays[2].shape[2:]
+    def run(query, key, value, *arrays):
+        B, T, N, K = query.shape
+        H, V = value.shape[2:]
         tiles = -(-T // tokens)
         return launch.launch(
-            kernels.backward_query, *arrays,
+            kernels.backward_query, query, *launch.key_tiles(kernels.backward_query, tile.keys, key, value), *arrays,
             outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype),),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * (2 * K + V),

@@ -5,6 +5,7 @@ whose operands fit the architecture's shared memory. No size was measured on a G
 from the registers and spills that the compiler reports.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # Shared memory that one program may use, bytes, by compute capability.
@@ -30,6 +31,11 @@ def parts(width: int) -> tuple[int, ...]:
         return (one,)
     small = max(16, 1 << max(width - large - 1, 0).bit_length())
     return (large, small) if large + small < one else (one,)
+
+
+def descriptors(capability: int, widths: Sequence[int]) -> bool:
+    """Whether arrays of these widths are read through tensor descriptors: sm_90 and later, each width a single tile."""
+    return (capability >= 90 or capability == INTERPRETER) and all(parts(width) == (width,) for width in widths)
 
 
 def _fit(tiles: tuple[Tile, ...], capability: int, footprint) -> Tile:
