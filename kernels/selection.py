@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LOG2E
-from .tiles import inner, load_rows
+from .tiles import inner, load_keys, load_rows
 
 KEPT = tl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
 LANES = tl.constexpr(32)  # candidates lie across a warp's lanes, tokens across warps: rounds need no shared memory
@@ -94,7 +94,7 @@ def select(
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
     SCALE: tl.constexpr, SHARE: tl.constexpr, REACH: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, LIST: tl.constexpr,
-    TILES: tl.constexpr, K_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, K_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """block_indices int32 [B, T, H, S], ascending, then -1; count [B, T, H] is how many to choose. Grid: H * TILES * B.
 
@@ -148,9 +148,10 @@ def select(
             spill = tl.zeros([TOKENS, PARTS, KEYS // SHARE], dtype=tl.float32)
             for part in range(tl.minimum(PARTS, tl.cdiv(last * SHARE - chunk * (PARTS * KEYS), KEYS))):
                 window = (chunk * PARTS + part) * KEYS + tl.arange(0, KEYS)
-                base = (row * C + first + (chunk * PARTS + part) * KEYS) * H + head
-                local = tl.arange(0, KEYS) * (H * K)
-                k = load_rows(compressed_key + base * K, local, window < windows, K, K_PARTS)  # [KEYS, K]
+                slot_of_tile = first + (chunk * PARTS + part) * KEYS
+                k = load_keys(
+                    compressed_key, row, slot_of_tile, head, window < windows, C, H, K, KEYS, K_PARTS, DESCRIPTORS
+                )  # [KEYS, K]
                 p = _group_probability(q, k, row_lse, TOKENS, HEADS, KEYS, SCALE, K_PARTS, PRECISION)
                 p = tl.where(window[None, :] < seen[:, None], p, 0.0)
                 here = tl.arange(0, PARTS)[None, :, None] == part

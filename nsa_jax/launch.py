@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from nsa_jax import tiling
+from nsa_jax import kernel_cache, tiling
 
 Array = jax.Array
 
@@ -231,9 +231,9 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
 
 @functools.cache
 def _jax_triton():
-    """jax_triton, with a lowering for CPUs that says why there is none."""
+    """jax_triton, with compiled kernels kept on disk, and a lowering for CPUs that says why there is none."""
     import jax_triton
-    from jax_triton.triton_lib import triton_kernel_call_p
+    from jax_triton import triton_lib
 
     def refuse(ctx, *args, **kwargs):
         raise RuntimeError(
@@ -242,7 +242,8 @@ def _jax_triton():
             " to run them in Triton's interpreter"
         )
 
-    mlir.register_lowering(triton_kernel_call_p, refuse, platform="cpu")
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, refuse, platform="cpu")
+    kernel_cache.install(triton_lib)
     return jax_triton
 
 

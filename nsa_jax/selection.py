@@ -115,11 +115,11 @@ def _triton(
         "K_PARTS": tiling.parts(K), "PRECISION": launch.dot_precision(),
     }  # fmt: skip
 
-    def run(query, *arrays):
+    def run(query, key, *arrays):
         B = query.shape[0]
         tiles = -(-T // tile.tokens)
         (block_indices,) = launch.launch(
-            kernels.select, query, *arrays,
+            kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays,
             outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
             programs=H * tiles * B if S else 0, warps=tile.warps, stages=tile.stages,
             flops=B * N * T * (T // stride) * K, TILES=tiles, **constants,
