@@ -66,13 +66,15 @@ def forward(
     tile = program % TILES
     head = program // TILES % H
     row = (program // (TILES * H)).to(tl.int64)
-    base, offset, inside, local, row_place = _tile_rows(place, row, tile, head, T, H, G, TOKENS, ROWS)
-    q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     unit = (row * H + head) * TILES + tile
+    steps = tl.load(counts + unit) * SHARES
+    if steps < 0:
+        return  # another launch does this tile
+    plain = tl.load(plain_counts + unit) * SHARES
     begins += unit * (TOKENS * S)
     members += unit * (TOKENS * S)
-    steps = tl.load(counts + unit) * SHARES
-    plain = tl.load(plain_counts + unit) * SHARES
+    base, offset, inside, local, row_place = _tile_rows(place, row, tile, head, T, H, G, TOKENS, ROWS)
+    q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     factor: tl.constexpr = exponent_factor(SCALE)
 
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -135,15 +137,17 @@ def backward_query(
     tile = program % TILES
     head = program // TILES % H
     row = (program // (TILES * H)).to(tl.int64)
+    unit = (row * H + head) * TILES + tile
+    steps = tl.load(counts + unit) * SHARES
+    if steps < 0:
+        return  # another launch does this tile
+    plain = tl.load(plain_counts + unit) * SHARES
+    begins += unit * (TOKENS * S)
+    members += unit * (TOKENS * S)
     base, offset, inside, local, row_place = _tile_rows(place, row, tile, head, T, H, G, TOKENS, ROWS)
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, base + offset, inside)
-    unit = (row * H + head) * TILES + tile
-    begins += unit * (TOKENS * S)
-    members += unit * (TOKENS * S)
-    steps = tl.load(counts + unit) * SHARES
-    plain = tl.load(plain_counts + unit) * SHARES
     factor: tl.constexpr = exponent_factor(SCALE)
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
@@ -180,20 +184,23 @@ def backward_query(
 @triton.jit
 def _key_gradients(
     begin, slots, dk, dv, k, v, where, query, d_output, lse, delta, weight,
-    sliding_lse, sliding_delta, sliding_weight, place, choosers, row, head,
+    sliding_lse, sliding_delta, sliding_weight, place, choosers, head,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, PLAIN: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk [KEYS, K] (still unscaled) and dv [KEYS, V] what the slots from `begin` on give, ROWS of them.
 
-    A slot is a (chooser, head of the group) pair. PLAIN: all of them see all keys, and no window reaches here.
+    A slot is a (chooser, head of the group) pair; pointers are to the row of the batch. PLAIN: all slots see all keys,
+    and no window reaches here.
     """
     slot = begin + tl.arange(0, ROWS)
     real = slot < slots
     chooser = tl.load(choosers + slot // G, mask=real, other=0)
-    token = row * T + (chooser >> 1)
+    token = chooser >> 1
     offset = token * (H * G) + head * G + slot % G
+    if T * H * G * max(K, V) >= 2**31:
+        offset = offset.to(tl.int64)
     q = load_rows(query, offset * K, real, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output, offset * V, real, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, offset, real)
@@ -245,6 +252,16 @@ def backward_key_value(
     worker = program // shares % PROGRAMS
     head = program // (shares * PROGRAMS) % H
     row = (program // (shares * PROGRAMS * H)).to(tl.int64)
+    query += row * T * (H * G * K)
+    d_output += row * T * (H * G * V)
+    place += row * T
+    lse += row * T * (H * G)
+    delta += row * T * (H * G)
+    weight += row * T * (H * G)
+    if WINDOW > 0:
+        sliding_lse += row * T * (H * G)
+        sliding_delta += row * T * (H * G)
+        sliding_weight += row * T * (H * G)
     chooser_first += (row * H + head) * (BLOCKS + 1)
     item_first += (row * H + head) * (BLOCKS + 1)
     item_block += (row * H + head) * ITEMS
@@ -269,13 +286,13 @@ def backward_key_value(
         for i in range(near_steps):
             dk, dv = _key_gradients(
                 i * ROWS, slots, dk, dv, k, v, where, query, d_output, lse, delta, weight,
-                sliding_lse, sliding_delta, sliding_weight, place, choosers + first, row, head,
+                sliding_lse, sliding_delta, sliding_weight, place, choosers + first, head,
                 T, H, G, K, V, SCALE, WINDOW, ROWS, False, K_PARTS, V_PARTS, PRECISION,
             )  # fmt: skip
         for i in range(near_steps, tl.cdiv(slots, ROWS)):
             dk, dv = _key_gradients(
                 i * ROWS, slots, dk, dv, k, v, where, query, d_output, lse, delta, weight,
-                sliding_lse, sliding_delta, sliding_weight, place, choosers + first, row, head,
+                sliding_lse, sliding_delta, sliding_weight, place, choosers + first, head,
                 T, H, G, K, V, SCALE, WINDOW, ROWS, True, K_PARTS, V_PARTS, PRECISION,
             )  # fmt: skip
         dk = scaled(dk, SCALE, K_PARTS)

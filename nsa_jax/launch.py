@@ -153,7 +153,8 @@ def query_tiles(kernel, rows: int, group: int, *arrays: Array) -> tuple[Array | 
 def launch(
     kernel,
     *arrays: Array | Tiled,
-    outputs: Sequence[jax.ShapeDtypeStruct],
+    outputs: Sequence[jax.ShapeDtypeStruct] = (),
+    updates: Sequence[Array] = (),
     programs: int,
     warps: int,
     stages: int,
@@ -166,7 +167,8 @@ def launch(
         kernel: a triton.jit function whose parameters are the input pointers, the output pointers, then constexprs.
             The constexpr DESCRIPTORS, if it has one, tells whether it got Tiled arrays.
         *arrays: one array per input pointer, one Tiled per tensor descriptor.
-        outputs: shape and dtype per output pointer; the kernel writes every element.
+        outputs: shape and dtype per output pointer; the kernel writes every element, or another launch the rest.
+        updates: in place of outputs, arrays of which the kernel writes a part.
         programs: size of the grid, which has one axis.
         warps, stages: num_warps and num_stages.
         flops: floating-point operations, for profiles.
@@ -182,20 +184,20 @@ def launch(
     names = list(kernel.arg_names)
     if "DESCRIPTORS" in names:
         constants["DESCRIPTORS"] = _described(arrays)
-    pointers = names[: len(arrays) + len(outputs)]
+    pointers = names[: len(arrays) + len(outputs) + len(updates)]
     if set(names[len(pointers) :]) != set(constants):
         wrong = sorted(set(names[len(pointers) :]) ^ set(constants))
         raise TypeError(f"{kernel.__name__}: missing or unknown arguments: {', '.join(wrong)}")
     if programs >= 2**31:
         raise ValueError(f"{kernel.__name__}: {programs} programs, more than the 2^31 - 1 a launch can have")
     if programs == 0:
-        return [jnp.zeros(out.shape, out.dtype) for out in outputs]
+        return list(updates) or [jnp.zeros(out.shape, out.dtype) for out in outputs]
 
-    axes = varying_axes([x.array if isinstance(x, Tiled) else x for x in arrays])
+    axes = varying_axes([*(x.array if isinstance(x, Tiled) else x for x in arrays), *updates])
     if _is_interpreted(kernel):
-        results = _interpret(kernel, arrays, outputs, programs, constants)
+        results = _interpret(kernel, arrays, outputs, updates, programs, constants)
     else:
-        results = _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
+        results = _compile(kernel, arrays, outputs, updates, programs, warps, stages, flops, constants)
     return [_vary(result, axes) for result in results]
 
 
@@ -209,13 +211,15 @@ def _is_interpreted(kernel) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants):
+def _compile(kernel, arrays, outputs, updates, programs, warps, stages, flops, constants):
     jax_triton = _jax_triton()
+    written = [jax.new_ref(x) for x in updates]
     capability = compute_capability()
     plain = [x.array if isinstance(x, Tiled) else x for x in arrays]
-    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*plain, *outputs))
-    return jax_triton.triton_call(
+    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*plain, *outputs, *updates))
+    results = jax_triton.triton_call(
         *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
+        *written,
         kernel=kernel,
         out_type=list(outputs),
         grid=(programs,),
@@ -227,6 +231,7 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
         cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
         **constants,
     )
+    return [jax.freeze(ref) for ref in written] or results
 
 
 @functools.cache
@@ -285,9 +290,11 @@ class _Tensor:
 _interpreter_lock = threading.Lock()  # the interpreter patches triton.language while it runs
 
 
-def _interpret(kernel, arrays, outputs, programs, constants):
+def _interpret(kernel, arrays, outputs, updates, programs, constants):
     """The kernel in Triton's interpreter, bfloat16 held as float32 (its bfloat16 products are wrong)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    written = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outputs, *updates)]
 
     def widened(dtype):
         return np.dtype(np.float32) if dtype == jnp.bfloat16 else np.dtype(dtype)
@@ -298,7 +305,7 @@ def _interpret(kernel, arrays, outputs, programs, constants):
             TensorDescriptor(_Tensor(x), list(x.shape), [s // x.itemsize for s in x.strides], list(y.block_shape))
             if isinstance(y, Tiled)
             else _Tensor(x)
-            for x, y in zip(inputs, arrays, strict=True)
+            for x, y in zip(inputs, arrays, strict=False)  # then come the updates
         ]
         # poison: a kernel that leaves an element unwritten must not pass for one that writes zero
         results = [
@@ -308,9 +315,10 @@ def _interpret(kernel, arrays, outputs, programs, constants):
                 widened(out.dtype),
             )
             for out in outputs
-        ]
+        ] + [x.copy() for x in inputs[len(arrays) :]]
         with _interpreter_lock, np.errstate(all="ignore"):
             kernel[(programs,)](*operands, *map(_Tensor, results), **constants)
-        return [result.astype(out.dtype) for result, out in zip(results, outputs, strict=True)]
+        return [result.astype(out.dtype) for result, out in zip(results, written, strict=True)]
 
-    return jax.pure_callback(run, list(outputs), *(x.array if isinstance(x, Tiled) else x for x in arrays))
+    plain = (x.array if isinstance(x, Tiled) else x for x in arrays)
+    return jax.pure_callback(run, written, *plain, *updates)

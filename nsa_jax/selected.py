@@ -10,7 +10,7 @@ from nsa_jax import checks, launch, reference, segments, tiling
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import name_residuals, nothing_seen, ungated_delta
 from nsa_jax.segments import Blocks
-from nsa_jax.walk import Choice, Walks, choose, walks
+from nsa_jax.walk import Choice, Walks, choose, split, walks
 
 Array = jax.Array
 
@@ -103,8 +103,6 @@ def selected_attention(
 
 
 def _triton(query, key, value, block_indices, *, block_counts, block_size, scale, segment_ids):
-    if block_indices.shape[3] == 0:
-        return nothing_seen(query, value)
     if block_counts is not None:
         block_counts = jnp.asarray(block_counts, jnp.int32)
     query, key, value, block_indices, block_counts, segment_ids = launch.vary_together(
@@ -127,46 +125,64 @@ def _columns(constants: dict) -> int:
     return sum(constants["K_PARTS"]) + sum(constants["V_PARTS"])
 
 
-def _walking(kernel, choose_tile, constants: dict, spec: Spec, dtype) -> tuple[int, tiling.Tile]:
-    """Tokens per tile of a walking kernel, and the tile."""
-    G = constants["G"]
-    tile = choose_tile(launch.capability_of(kernel), _columns(constants), dtype.itemsize, G, spec.block_size)
-    return max(1, min(16, tile.rows // G)), tile
-
-
-def _walks(choice: Choice, tokens: int, spec: Spec) -> Walks:
-    return walks(choice, tokens, spec.block_size, spec.window_size)
-
-
 def _wanted(choice: Choice) -> int:
     """The most blocks a query wants."""
     return choice.selected.shape[3] + choice.touched.shape[2]
+
+
+def _walk(kernel, choose_tiles, arrays, outputs, products: int, choice: Choice, spec: Spec) -> list[Array]:
+    """Runs a kernel that goes from the queries' side: tokens that share blocks together, the others one by one.
+
+    Args:
+        kernel: of kernels/selected.py.
+        choose_tiles: its table in `tiling`.
+        arrays: query, key, value and what else it takes before the place.
+        outputs: shapes and dtypes, of one row.
+        products: multiplications per query head and key.
+    """
+    query, _, value = arrays[:3]
+    constants = _constants(query, value, spec)
+    G, S = constants["G"], _wanted(choice)
+    tiles = choose_tiles(launch.capability_of(kernel), _columns(constants), query.dtype.itemsize, G, spec.block_size)
+    tokens = [max(1, min(16, tile.rows // G)) for tile in tiles]
+    passes = [walks(choice, n, spec.block_size, spec.window_size) for n in tokens]
+    if len(passes) == 2:
+        passes = split(*passes, choice, tokens[0])
+
+    def run(query, key, value, *arrays):
+        B, T, N, _ = query.shape
+        arrays, found = arrays[: -len(Walks._fields) * len(tiles)], arrays[-len(Walks._fields) * len(tiles) :]
+        results = None
+        for i, (tile, n) in enumerate(zip(tiles, tokens, strict=True)):
+            walked = found[i * len(Walks._fields) : (i + 1) * len(Walks._fields)]
+            number = -(-T // n)
+            where = {"updates": results} if results else {
+                "outputs": [jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs]
+            }  # fmt: skip
+            results = launch.launch(
+                kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays, *walked, **where,
+                programs=number * constants["H"] * B, warps=tile.warps, stages=tile.stages,
+                flops=2 * B * T * N * S * spec.block_size * products // len(tiles),
+                S=S, TOKENS=n, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=number,
+                **constants,
+            )  # fmt: skip
+        return results
+
+    return launch.fold_vmap(run)(*arrays, choice.place, *(x for walked in passes for x in walked))
 
 
 def forward(query: Array, key: Array, value: Array, choice: Choice, spec: Spec) -> list[tuple[Array, Array]]:
     """(output [B, T, N, V], lse float32 [B, T, N]) of the selected branch, then of the sliding one if any."""
     from nsa_jax.kernels import selected as kernels
 
-    constants = _constants(query, value, spec)
-    S = _wanted(choice)
-    tokens, tile = _walking(kernels.forward, tiling.selected_forward, constants, spec, query.dtype)
-
-    def run(query, key, value, *arrays):
-        B, T, N, K = query.shape
-        H, V = value.shape[2:]
-        tiles = -(-T // tokens)
-        branch = jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)
-        placeholder = [jax.ShapeDtypeStruct((B,) + (1,) * (len(x.shape) - 1), x.dtype) for x in branch]
-        return launch.launch(
-            kernels.forward, query, *launch.key_tiles(kernels.forward, tile.keys, key, value), *arrays,
-            outputs=(*branch, *(branch if spec.window_size else placeholder)),
-            programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
-            flops=2 * B * T * N * S * spec.block_size * (K + V),
-            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles,
-            **constants,
-        )  # fmt: skip
-
-    output, lse, *sliding = launch.fold_vmap(run)(query, key, value, choice.place, *_walks(choice, tokens, spec))
+    if _wanted(choice) == 0:
+        return [nothing_seen(query, value)]
+    (_, T, N, K), V = query.shape, value.shape[3]
+    branch = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
+    placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
+    outputs = (*branch, *(branch if spec.window_size else placeholder))
+    arrays = (query, key, value)
+    output, lse, *sliding = _walk(kernels.forward, tiling.selected_forward, arrays, outputs, K + V, choice, spec)
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
@@ -176,26 +192,12 @@ def backward_query(
     """d_query [B, T, N, K]; branches as `forward` gives them."""
     from nsa_jax.kernels import selected as kernels
 
-    constants = _constants(query, value, spec)
-    S = _wanted(choice)
-    tokens, tile = _walking(kernels.backward_query, tiling.selected_backward_query, constants, spec, query.dtype)
-
-    def run(query, key, value, *arrays):
-        B, T, N, K = query.shape
-        H, V = value.shape[2:]
-        tiles = -(-T // tokens)
-        return launch.launch(
-            kernels.backward_query, query, *launch.key_tiles(kernels.backward_query, tile.keys, key, value), *arrays,
-            outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype),),
-            programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
-            flops=2 * B * T * N * S * spec.block_size * (2 * K + V),
-            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles,
-            **constants,
-        )  # fmt: skip
-
-    (d_query,) = launch.fold_vmap(run)(
-        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *_walks(choice, tokens, spec)
-    )
+    if _wanted(choice) == 0:
+        return jnp.zeros_like(query)
+    (_, T, N, K), V = query.shape, value.shape[3]
+    outputs = (jax.ShapeDtypeStruct((T, N, K), query.dtype),)
+    arrays = (query, key, value, d_output, *branches[0], *branches[-1])
+    (d_query,) = _walk(kernels.backward_query, tiling.selected_backward_query, arrays, outputs, 2 * K + V, choice, spec)
     return d_query
 
 
@@ -205,8 +207,10 @@ def backward_key_value(
     """(d_key [B, C, H, K], d_value [B, C, H, V]); branches as `forward` gives them."""
     from nsa_jax.kernels import selected as kernels
 
-    constants = _constants(query, value, spec)
     T, S = query.shape[1], _wanted(choice)
+    if S == 0:
+        return jnp.zeros_like(key), jnp.zeros_like(value)
+    constants = _constants(query, value, spec)
     capability = launch.capability_of(kernels.backward_key_value)
     tile = tiling.selected_backward_key_value(capability, _columns(constants), key.dtype.itemsize, spec.block_size)
     chunk = tiling.selected_chunk(capability)
@@ -239,7 +243,15 @@ def backward_key_value(
         ]
 
     d_key, d_value = launch.fold_vmap(run)(
-        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *_walks(choice, 1, spec), *choice.blocks
+        query,
+        key,
+        value,
+        d_output,
+        *branches[0],
+        *branches[-1],
+        choice.place,
+        *walks(choice, 1, spec.block_size, spec.window_size),
+        *choice.blocks,
     )
     return d_key, d_value
 

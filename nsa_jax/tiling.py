@@ -1,8 +1,8 @@
 """Tile sizes by architecture and shape: tables, nothing tuned at run time.
 
 A table lists tiles from the one that is fastest where it fits to the one that fits anywhere; a kernel gets the first
-whose operands fit the architecture's shared memory. No size was measured on a GPU yet: they follow from prototypes, and
-from the registers and spills that the compiler reports.
+that the architecture's shared memory holds. The tables were measured on an H200 with bfloat16, widths of 128 and
+G = 16; other rows follow from the registers and spills that the compiler reports.
 """
 
 from collections.abc import Sequence
@@ -44,20 +44,28 @@ def _fit(tiles: tuple[Tile, ...], capability: int, footprint) -> Tile:
 
 
 _INTERVAL_FORWARD = (
-    Tile(128, 64, 8, 3),
-    Tile(128, 64, 8, 2),
+    Tile(128, 64, 4, 2),
+    Tile(64, 64, 4, 2),
     Tile(64, 32, 4, 2),
     Tile(32, 32, 4, 1),
     Tile(16, 16, 4, 1),
 )
+_INTERVAL_FORWARD_WIDE = (Tile(128, 64, 8, 2), *_INTERVAL_FORWARD[2:])
 _INTERVAL_BACKWARD_QUERY = (
-    Tile(128, 64, 8, 2),
-    Tile(64, 64, 8, 2),
+    Tile(128, 32, 8, 3),
+    Tile(64, 64, 4, 2),
     Tile(64, 32, 4, 2),
     Tile(32, 32, 4, 1),
     Tile(16, 16, 4, 1),
 )
-_INTERVAL_BACKWARD_KEY_VALUE = (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+_INTERVAL_BACKWARD_KEY_VALUE = (
+    Tile(64, 128, 8, 3),
+    Tile(64, 64, 4, 2),
+    Tile(64, 32, 4, 2),
+    Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
+)
+_INTERVAL_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 64, 8, 2), *_INTERVAL_BACKWARD_KEY_VALUE[2:])
 # exact float32 products are no tensor-core products: a thread's share of a larger tile does not fit its registers
 _INTERVAL_FLOAT32 = (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1))
 _INTERVAL_INTERPRETED = Tile(64, 32, 4, 1)
@@ -68,11 +76,17 @@ def _copies(capability: int, stages: int) -> int:
     return stages + (100 <= capability < 120)
 
 
+def _by_width(columns: int, itemsize: int, tiles: tuple[Tile, ...], wide: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    if itemsize > 2:
+        return _INTERVAL_FLOAT32
+    return tiles if columns <= 256 else wide  # beyond, accumulators of the tuned tiles do not fit the registers
+
+
 def interval_forward(capability: int, columns: int, itemsize: int) -> Tile:
     """Tile of kernels/interval.py forward; columns: key plus value columns."""
     if capability == INTERPRETER:
         return _INTERVAL_INTERPRETED
-    tiles = _INTERVAL_FORWARD if itemsize == 2 else _INTERVAL_FLOAT32
+    tiles = _by_width(columns, itemsize, _INTERVAL_FORWARD, _INTERVAL_FORWARD_WIDE)
     return _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
@@ -80,7 +94,7 @@ def interval_backward_query(capability: int, columns: int, itemsize: int) -> Til
     """Tile of kernels/interval.py backward_query; columns: key plus value columns."""
     if capability == INTERPRETER:
         return _INTERVAL_INTERPRETED
-    tiles = _INTERVAL_BACKWARD_QUERY if itemsize == 2 else _INTERVAL_FLOAT32
+    tiles = _by_width(columns, itemsize, _INTERVAL_BACKWARD_QUERY, _INTERVAL_BACKWARD_QUERY)
 
     def footprint(t):
         return itemsize * (columns * (t.rows + _copies(capability, t.stages) * t.keys) + t.rows * t.keys)
@@ -92,7 +106,7 @@ def interval_backward_key_value(capability: int, columns: int, itemsize: int) ->
     """Tile of kernels/interval.py backward_key_value; columns: key plus value columns."""
     if capability == INTERPRETER:
         return _INTERVAL_INTERPRETED
-    tiles = _INTERVAL_BACKWARD_KEY_VALUE if itemsize == 2 else _INTERVAL_FLOAT32
+    tiles = _by_width(columns, itemsize, _INTERVAL_BACKWARD_KEY_VALUE, _INTERVAL_BACKWARD_KEY_VALUE_WIDE)
 
     def footprint(t):
         return itemsize * (columns * (t.keys + _copies(capability, t.stages) * t.rows) + 2 * t.rows * t.keys)
@@ -116,9 +130,16 @@ def walk_units(entries: int) -> int:
     return max(1, 2048 // entries)
 
 
-_SELECTED_FORWARD = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 1))
-_SELECTED_BACKWARD_QUERY = (Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
-_SELECTED_BACKWARD_KEY_VALUE = (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+# for G = 16: four tokens to a tile, or one
+_SELECTED_TOGETHER = (
+    Tile(64, 64, 4, 2),
+    Tile(64, 32, 4, 2),
+    Tile(64, 16, 4, 2),
+    Tile(64, 16, 4, 1),
+)
+_SELECTED_FORWARD_ALONE = (Tile(16, 64, 1, 2), Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
+_SELECTED_QUERY_ALONE = (Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
+_SELECTED_BACKWARD_KEY_VALUE = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 _SELECTED_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 
 
@@ -132,14 +153,27 @@ def _walking(tiles, capability: int, columns: int, itemsize: int, group: int, bl
     return _fit(changed, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
-def selected_forward(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
-    """Tile of kernels/selected.py forward; columns: key plus value columns."""
-    return _walking(_SELECTED_FORWARD, capability, columns, itemsize, group, block_size)
+def _passes(alone, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> tuple[Tile, ...]:
+    """The tile that several tokens share; then the tile of one token, where its heads fill one."""
+    tables = (_SELECTED_TOGETHER, alone) if group > 8 else (_SELECTED_TOGETHER,)
+    return tuple(_walking(table, capability, columns, itemsize, group, block_size) for table in tables)
 
 
-def selected_backward_query(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
-    """Tile of kernels/selected.py backward_query; columns: key plus value columns."""
-    return _walking(_SELECTED_BACKWARD_QUERY, capability, columns, itemsize, group, block_size)
+def selected_forward(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> tuple[Tile, ...]:
+    """Tiles of kernels/selected.py forward, one per launch; columns: key plus value columns."""
+    return _passes(_SELECTED_FORWARD_ALONE, capability, columns, itemsize, group, block_size)
+
+
+def selected_backward_query(
+    capability: int, columns: int, itemsize: int, group: int, block_size: int
+) -> tuple[Tile, ...]:
+    """Tiles of kernels/selected.py backward_query, one per launch; columns: key plus value columns."""
+    return _passes(_SELECTED_QUERY_ALONE, capability, columns, itemsize, group, block_size)
+
+
+def walk_together(blocks, picks):
+    """Whether tokens that pick so many blocks, so many of them distinct, walk them faster together than one by one."""
+    return 3 * blocks < 2 * picks  # measured: 1.5 times as long per block
 
 
 def selected_backward_key_value(capability: int, columns: int, itemsize: int, block_size: int) -> Tile:
@@ -169,8 +203,10 @@ class SelectionTile(NamedTuple):
     stages: int
 
 
-_SELECTION = (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1))
-_SELECTION_BLOCKS = 128  # in a chunk
+_SELECTION = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1))
+_SELECTION_BLOCKS = 256  # in a chunk
+_SELECTION_OVERLAPPING = (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), *_SELECTION)  # where a block is several strides
+_SELECTION_OVERLAPPING_BLOCKS = 128
 _SELECTION_SCRATCH = 16 * 1024  # bytes that layout changes take
 
 
@@ -180,7 +216,10 @@ def selection(capability: int, columns: int, itemsize: int, group: int, count: i
     if capability == INTERPRETER:
         tile, blocks = Tile(64, 32, 4, 1), 32
     else:
-        tiles, blocks = _SELECTION if itemsize == 2 else _SELECTION[3:], _SELECTION_BLOCKS
+        tiles, blocks = _SELECTION, _SELECTION_BLOCKS
+        if share > 1:
+            tiles, blocks = _SELECTION_OVERLAPPING, _SELECTION_OVERLAPPING_BLOCKS
+        tiles = tiles if itemsize == 2 else _SELECTION[2:]
         tile = _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys) + _SELECTION_SCRATCH)
     tokens = max(1, min(16, tile.rows // heads, 4096 // entries))
     keys = max(tile.keys, share)

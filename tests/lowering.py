@@ -16,7 +16,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-B, T, N, H, BLOCK = 1, 65536, 4, 2, 64
+B, T, N, H, BLOCK = 1, 262144, 16, 1, 64
 WIDTHS = ((64, 64), (128, 128), (192, 128))
 
 
