@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from nsa_jax import interval, launch, segments, selected, tiling
 from nsa_jax.residuals import name_residuals, output_dot
 from nsa_jax.selection import select_blocks
-from nsa_jax.walk import Choice, choose
+from nsa_jax.walk import choose
 
 Array = jax.Array
 
@@ -62,7 +62,7 @@ class _Seen(NamedTuple):
     """Who sees whom, per branch that is computed."""
 
     compressed: segments.Intervals | None
-    selected: Choice | None
+    selected: selected.Routes | None
     sliding: segments.Intervals | None  # None also where the selected branch's kernels do the window
 
 
@@ -136,10 +136,11 @@ def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) ->
             block_indices, block_counts = checkpoint_name(block_indices, "nsa_block_indices"), None
     if gates.selected is not None:
         choice = choose(block_indices, block_counts, routing.segment_ids, config.block_size, specs[1].window_size)
-        chosen, *near = selected.forward(query, key, value, choice, specs[1])
+        routes = selected.route(query, value, choice, specs[1])
+        chosen, *near = selected.forward(query, key, value, routes, specs[1])
         output, lse = name_residuals("selected", *chosen)
         outputs, lses = outputs._replace(selected=output), lses._replace(selected=lse)
-        seen = seen._replace(selected=choice)
+        seen = seen._replace(selected=routes)
     if gates.sliding is not None:
         if _one_pass(config, gates):
             output, lse = near[0]

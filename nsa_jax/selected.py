@@ -31,6 +31,19 @@ class Spec(NamedTuple):
     window_size: int = 0
 
 
+class Routes(NamedTuple):
+    """Which blocks the queries want, and how they are walked.
+
+    Attributes:
+        choice: the blocks.
+        passes: the walks of the launches that go from the queries' side: of tiles of several tokens, then, where the
+            heads of one fill a tile, of those that are left.
+    """
+
+    choice: Choice
+    passes: tuple[Walks, ...]
+
+
 class Rows(NamedTuple):
     """What the backward kernels take of a branch, each [B, T, N].
 
@@ -110,7 +123,8 @@ def _triton(query, key, value, block_indices, *, block_counts, block_size, scale
     )
     query, key, value = (segments.clear_padding(x, segment_ids) for x in (query, key, value))
     choice = choose(block_indices, block_counts, segment_ids, block_size)
-    return attend(Spec(block_size, scale, launch.dot_precision()), query, key, value, choice)
+    spec = Spec(block_size, scale, launch.dot_precision())
+    return attend(spec, query, key, value, route(query, value, choice, spec))
 
 
 def _constants(query: Array, value: Array, spec: Spec) -> dict:
@@ -130,7 +144,25 @@ def _wanted(choice: Choice) -> int:
     return choice.selected.shape[3] + choice.touched.shape[2]
 
 
-def _walk(kernel, choose_tiles, arrays, outputs, products: int, choice: Choice, spec: Spec) -> list[Array]:
+def _tiles(choose_tiles, kernel, constants: dict, spec: Spec, dtype) -> tuple[tuple[tiling.Tile, ...], list[int]]:
+    """The tiles of a kernel's launches from the queries' side, and the tokens in each."""
+    G, capability = constants["G"], launch.capability_of(kernel)
+    tiles = choose_tiles(capability, _columns(constants), dtype.itemsize, G, spec.block_size)
+    return tiles, [max(1, min(16, tile.rows // G)) for tile in tiles]
+
+
+def route(query: Array, value: Array, choice: Choice, spec: Spec) -> Routes:
+    """The Routes of a choice."""
+    from nsa_jax.kernels import selected as kernels
+
+    if _wanted(choice) == 0:
+        return Routes(choice, ())
+    _, tokens = _tiles(tiling.selected_forward, kernels.forward, _constants(query, value, spec), spec, query.dtype)
+    passes = tuple(walks(choice, n, spec.block_size, spec.window_size) for n in tokens)
+    return Routes(choice, split(*passes, choice, tokens[0]) if len(passes) == 2 else passes)
+
+
+def _walk(kernel, choose_tiles, arrays, outputs, products: int, routes: Routes, spec: Spec) -> list[Array]:
     """Runs a kernel that goes from the queries' side: tokens that share blocks together, the others one by one.
 
     Args:
@@ -139,15 +171,13 @@ def _walk(kernel, choose_tiles, arrays, outputs, products: int, choice: Choice, 
         arrays: query, key, value and what else it takes before the place.
         outputs: shapes and dtypes, of one row.
         products: multiplications per query head and key.
+        routes: see `Routes`.
+        spec: see `Spec`.
     """
     query, _, value = arrays[:3]
     constants = _constants(query, value, spec)
-    G, S = constants["G"], _wanted(choice)
-    tiles = choose_tiles(launch.capability_of(kernel), _columns(constants), query.dtype.itemsize, G, spec.block_size)
-    tokens = [max(1, min(16, tile.rows // G)) for tile in tiles]
-    passes = [walks(choice, n, spec.block_size, spec.window_size) for n in tokens]
-    if len(passes) == 2:
-        passes = split(*passes, choice, tokens[0])
+    S = _wanted(routes.choice)
+    tiles, tokens = _tiles(choose_tiles, kernel, constants, spec, query.dtype)
 
     def run(query, key, value, *arrays):
         B, T, N, _ = query.shape
@@ -168,45 +198,46 @@ def _walk(kernel, choose_tiles, arrays, outputs, products: int, choice: Choice, 
             )  # fmt: skip
         return results
 
-    return launch.fold_vmap(run)(*arrays, choice.place, *(x for walked in passes for x in walked))
+    return launch.fold_vmap(run)(*arrays, routes.choice.place, *(x for walked in routes.passes for x in walked))
 
 
-def forward(query: Array, key: Array, value: Array, choice: Choice, spec: Spec) -> list[tuple[Array, Array]]:
+def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
     """(output [B, T, N, V], lse float32 [B, T, N]) of the selected branch, then of the sliding one if any."""
     from nsa_jax.kernels import selected as kernels
 
-    if _wanted(choice) == 0:
+    if _wanted(routes.choice) == 0:
         return [nothing_seen(query, value)]
     (_, T, N, K), V = query.shape, value.shape[3]
     branch = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
     outputs = (*branch, *(branch if spec.window_size else placeholder))
     arrays = (query, key, value)
-    output, lse, *sliding = _walk(kernels.forward, tiling.selected_forward, arrays, outputs, K + V, choice, spec)
+    output, lse, *sliding = _walk(kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec)
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], choice: Choice, spec: Spec
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], routes: Routes, spec: Spec
 ) -> Array:
     """d_query [B, T, N, K]; branches as `forward` gives them."""
     from nsa_jax.kernels import selected as kernels
 
-    if _wanted(choice) == 0:
+    if _wanted(routes.choice) == 0:
         return jnp.zeros_like(query)
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = (jax.ShapeDtypeStruct((T, N, K), query.dtype),)
     arrays = (query, key, value, d_output, *branches[0], *branches[-1])
-    (d_query,) = _walk(kernels.backward_query, tiling.selected_backward_query, arrays, outputs, 2 * K + V, choice, spec)
+    (d_query,) = _walk(kernels.backward_query, tiling.selected_backward_query, arrays, outputs, 2 * K + V, routes, spec)
     return d_query
 
 
 def backward_key_value(
-    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], choice: Choice, spec: Spec
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], routes: Routes, spec: Spec
 ) -> tuple[Array, Array]:
     """(d_key [B, C, H, K], d_value [B, C, H, V]); branches as `forward` gives them."""
     from nsa_jax.kernels import selected as kernels
 
+    choice, passes = routes
     T, S = query.shape[1], _wanted(choice)
     if S == 0:
         return jnp.zeros_like(key), jnp.zeros_like(value)
@@ -242,16 +273,10 @@ def backward_key_value(
             for first, rest in ((d_key, d_key_more), (d_value, d_value_more))
         ]
 
+    # a launch of single tokens has all their blocks listed, walked by it or not
+    singles = passes[1] if len(passes) == 2 else walks(choice, 1, spec.block_size, spec.window_size)
     d_key, d_value = launch.fold_vmap(run)(
-        query,
-        key,
-        value,
-        d_output,
-        *branches[0],
-        *branches[-1],
-        choice.place,
-        *walks(choice, 1, spec.block_size, spec.window_size),
-        *choice.blocks,
+        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *singles, *choice.blocks
     )
     return d_key, d_value
 
@@ -274,21 +299,21 @@ def _combine(first: Array, rest: Array, item_first: Array, blocks: Blocks, dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(spec: Spec, query: Array, key: Array, value: Array, choice: Choice) -> tuple[Array, Array]:
+def attend(spec: Spec, query: Array, key: Array, value: Array, routes: Routes) -> tuple[Array, Array]:
     """(output [B, T, N, V], lse float32 [B, T, N]) of attention to the selected blocks, by the Triton kernels."""
-    return forward(query, key, value, choice, spec)[0]
+    return forward(query, key, value, routes, spec)[0]
 
 
-def _attend_forward(spec, query, key, value, choice):
-    output, lse = name_residuals("selected", *forward(query, key, value, choice, spec)[0])
-    return (output, lse), (query, key, value, choice, output, lse)
+def _attend_forward(spec, query, key, value, routes):
+    output, lse = name_residuals("selected", *forward(query, key, value, routes, spec)[0])
+    return (output, lse), (query, key, value, routes, output, lse)
 
 
 def _attend_backward(spec, residuals, cotangents):
-    query, key, value, choice, output, lse = residuals
+    query, key, value, routes, output, lse = residuals
     d_output, d_lse = cotangents
     rows = Rows(lse, ungated_delta(d_output, d_lse, output, lse), jnp.ones_like(lse))
-    arguments = (query, key, value, d_output, [rows], choice, spec)
+    arguments = (query, key, value, d_output, [rows], routes, spec)
     return backward_query(*arguments), *backward_key_value(*arguments), None
 
 
