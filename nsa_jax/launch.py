@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -213,25 +214,27 @@ def _is_interpreted(kernel) -> bool:
 
 def _compile(kernel, arrays, outputs, updates, programs, warps, stages, flops, constants):
     jax_triton = _jax_triton()
-    written = [jax.new_ref(x) for x in updates]
     capability = compute_capability()
     plain = [x.array if isinstance(x, Tiled) else x for x in arrays]
     traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*plain, *outputs, *updates))
-    results = jax_triton.triton_call(
-        *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
-        *written,
-        kernel=kernel,
-        out_type=list(outputs),
-        grid=(programs,),
-        name=f"nsa_{kernel.__name__}",
-        num_warps=warps,
-        num_stages=stages,
-        compute_capability=capability,
-        backend_options={"ptx_version": ptx_version(capability, _described(arrays)), "enable_fp_fusion": True},
-        cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
-        **constants,
-    )
-    return [jax.freeze(ref) for ref in written] or results
+    # a reference would do what is deprecated here, but loses the varying axes of an enclosing shard_map
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "input_output_aliases is deprecated")
+        return jax_triton.triton_call(
+            *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
+            *updates,
+            kernel=kernel,
+            out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outputs, *updates)],
+            input_output_aliases={len(arrays) + i: len(outputs) + i for i in range(len(updates))},
+            grid=(programs,),
+            name=f"nsa_{kernel.__name__}",
+            num_warps=warps,
+            num_stages=stages,
+            compute_capability=capability,
+            backend_options={"ptx_version": ptx_version(capability, _described(arrays)), "enable_fp_fusion": True},
+            cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
+            **constants,
+        )
 
 
 @functools.cache

@@ -31,11 +31,16 @@ class Compiler:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def set_folder():
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    yield tmp_path
+    yield lambda folder: jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def folder(tmp_path, set_folder):
+    set_folder(str(tmp_path))
+    return tmp_path
 
 
 def test_another_process_compiles_nothing(folder):
@@ -71,8 +76,8 @@ def test_folder_that_cannot_be_written_to(folder):
     assert compiler.compiled == ["a", "a"]
 
 
-def test_off_unless_jax_has_a_cache():
-    assert jax.config.jax_compilation_cache_dir is None
+def test_off_unless_jax_has_a_cache(set_folder):
+    set_folder(None)
     compiler = Compiler()
     assert compiler("a").binary == "ptx of a"
     assert compiler.compiled == ["a"]
