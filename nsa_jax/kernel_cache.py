@@ -34,9 +34,9 @@ def install(triton_lib) -> None:
 
 
 def _key(ttir, options, gpu_target) -> str:
-    """What the PTX depends on."""
+    """What the PTX depends on, but for the places in source files that it tells."""
     versions = (importlib.metadata.version(name) for name in ("triton", "jax-triton"))
-    parts = (*versions, str(ttir), options.hash(), repr(gpu_target))
+    parts = (*versions, ttir.str_nodebug(), options.hash(), repr(gpu_target))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
