@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -154,8 +153,7 @@ def query_tiles(kernel, rows: int, group: int, *arrays: Array) -> tuple[Array | 
 def launch(
     kernel,
     *arrays: Array | Tiled,
-    outputs: Sequence[jax.ShapeDtypeStruct] = (),
-    updates: Sequence[Array] = (),
+    outputs: Sequence[jax.ShapeDtypeStruct],
     programs: int,
     warps: int,
     stages: int,
@@ -168,8 +166,7 @@ def launch(
         kernel: a triton.jit function whose parameters are the input pointers, the output pointers, then constexprs.
             The constexpr DESCRIPTORS, if it has one, tells whether it got Tiled arrays.
         *arrays: one array per input pointer, one Tiled per tensor descriptor.
-        outputs: shape and dtype per output pointer; the kernel writes every element, or another launch the rest.
-        updates: in place of outputs, arrays of which the kernel writes a part.
+        outputs: shape and dtype per output pointer; the kernel writes every element.
         programs: size of the grid, which has one axis.
         warps, stages: num_warps and num_stages.
         flops: floating-point operations, for profiles.
@@ -185,20 +182,20 @@ def launch(
     names = list(kernel.arg_names)
     if "DESCRIPTORS" in names:
         constants["DESCRIPTORS"] = _described(arrays)
-    pointers = names[: len(arrays) + len(outputs) + len(updates)]
+    pointers = names[: len(arrays) + len(outputs)]
     if set(names[len(pointers) :]) != set(constants):
         wrong = sorted(set(names[len(pointers) :]) ^ set(constants))
         raise TypeError(f"{kernel.__name__}: missing or unknown arguments: {', '.join(wrong)}")
     if programs >= 2**31:
         raise ValueError(f"{kernel.__name__}: {programs} programs, more than the 2^31 - 1 a launch can have")
     if programs == 0:
-        return list(updates) or [jnp.zeros(out.shape, out.dtype) for out in outputs]
+        return [jnp.zeros(out.shape, out.dtype) for out in outputs]
 
-    axes = varying_axes([*(x.array if isinstance(x, Tiled) else x for x in arrays), *updates])
+    axes = varying_axes([x.array if isinstance(x, Tiled) else x for x in arrays])
     if _is_interpreted(kernel):
-        results = _interpret(kernel, arrays, outputs, updates, programs, constants)
+        results = _interpret(kernel, arrays, outputs, programs, constants)
     else:
-        results = _compile(kernel, arrays, outputs, updates, programs, warps, stages, flops, constants)
+        results = _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
     return [_vary(result, axes) for result in results]
 
 
@@ -212,29 +209,24 @@ def _is_interpreted(kernel) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-def _compile(kernel, arrays, outputs, updates, programs, warps, stages, flops, constants):
+def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants):
     jax_triton = _jax_triton()
     capability = compute_capability()
     plain = [x.array if isinstance(x, Tiled) else x for x in arrays]
-    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*plain, *outputs, *updates))
-    # a reference would do what is deprecated here, but loses the varying axes of an enclosing shard_map
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "input_output_aliases is deprecated")
-        return jax_triton.triton_call(
-            *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
-            *updates,
-            kernel=kernel,
-            out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outputs, *updates)],
-            input_output_aliases={len(arrays) + i: len(outputs) + i for i in range(len(updates))},
-            grid=(programs,),
-            name=f"nsa_{kernel.__name__}",
-            num_warps=warps,
-            num_stages=stages,
-            compute_capability=capability,
-            backend_options={"ptx_version": ptx_version(capability, _described(arrays)), "enable_fp_fusion": True},
-            cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
-            **constants,
-        )
+    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*plain, *outputs))
+    return jax_triton.triton_call(
+        *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
+        kernel=kernel,
+        out_type=list(outputs),
+        grid=(programs,),
+        name=f"nsa_{kernel.__name__}",
+        num_warps=warps,
+        num_stages=stages,
+        compute_capability=capability,
+        backend_options={"ptx_version": ptx_version(capability, _described(arrays)), "enable_fp_fusion": True},
+        cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
+        **constants,
+    )
 
 
 @functools.cache
@@ -293,11 +285,9 @@ class _Tensor:
 _interpreter_lock = threading.Lock()  # the interpreter patches triton.language while it runs
 
 
-def _interpret(kernel, arrays, outputs, updates, programs, constants):
+def _interpret(kernel, arrays, outputs, programs, constants):
     """The kernel in Triton's interpreter, bfloat16 held as float32 (its bfloat16 products are wrong)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    written = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outputs, *updates)]
 
     def widened(dtype):
         return np.dtype(np.float32) if dtype == jnp.bfloat16 else np.dtype(dtype)
@@ -308,7 +298,7 @@ def _interpret(kernel, arrays, outputs, updates, programs, constants):
             TensorDescriptor(_Tensor(x), list(x.shape), [s // x.itemsize for s in x.strides], list(y.block_shape))
             if isinstance(y, Tiled)
             else _Tensor(x)
-            for x, y in zip(inputs, arrays, strict=False)  # then come the updates
+            for x, y in zip(inputs, arrays, strict=True)
         ]
         # poison: a kernel that leaves an element unwritten must not pass for one that writes zero
         results = [
@@ -318,10 +308,9 @@ def _interpret(kernel, arrays, outputs, updates, programs, constants):
                 widened(out.dtype),
             )
             for out in outputs
-        ] + [x.copy() for x in inputs[len(arrays) :]]
+        ]
         with _interpreter_lock, np.errstate(all="ignore"):
             kernel[(programs,)](*operands, *map(_Tensor, results), **constants)
-        return [result.astype(out.dtype) for result, out in zip(results, written, strict=True)]
+        return [result.astype(out.dtype) for result, out in zip(results, outputs, strict=True)]
 
-    plain = (x.array if isinstance(x, Tiled) else x for x in arrays)
-    return jax.pure_callback(run, written, *plain, *updates)
+    return jax.pure_callback(run, list(outputs), *(x.array if isinstance(x, Tiled) else x for x in arrays))

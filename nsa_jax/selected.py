@@ -10,7 +10,7 @@ from nsa_jax import checks, launch, reference, segments, tiling
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import name_residuals, nothing_seen, ungated_delta
 from nsa_jax.segments import Blocks
-from nsa_jax.walk import Choice, Walks, choose, split, walks
+from nsa_jax.walk import Choice, Walks, choose, walks
 
 Array = jax.Array
 
@@ -32,16 +32,10 @@ class Spec(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Which blocks the queries want, and how they are walked.
-
-    Attributes:
-        choice: the blocks.
-        passes: the walks of the launches that go from the queries' side: of tiles of several tokens, then, where the
-            heads of one fill a tile, of those that are left.
-    """
+    """Which blocks the queries want, and how the kernels that go from the queries' side walk them."""
 
     choice: Choice
-    passes: tuple[Walks, ...]
+    walks: Walks | None  # None where no block is wanted
 
 
 class Rows(NamedTuple):
@@ -144,11 +138,11 @@ def _wanted(choice: Choice) -> int:
     return choice.selected.shape[3] + choice.touched.shape[2]
 
 
-def _tiles(choose_tiles, kernel, constants: dict, spec: Spec, dtype) -> tuple[tuple[tiling.Tile, ...], list[int]]:
-    """The tiles of a kernel's launches from the queries' side, and the tokens in each."""
+def _tile(kernel, constants: dict, spec: Spec, dtype) -> tuple[tiling.Tile, int]:
+    """The tile of a kernel that goes from the queries' side, and the tokens in it."""
     G, capability = constants["G"], launch.capability_of(kernel)
-    tiles = choose_tiles(capability, _columns(constants), dtype.itemsize, G, spec.block_size)
-    return tiles, [max(1, min(16, tile.rows // G)) for tile in tiles]
+    tile = tiling.selected_walk(capability, _columns(constants), dtype.itemsize, G, spec.block_size)
+    return tile, max(1, min(16, tile.rows // G))
 
 
 def route(query: Array, value: Array, choice: Choice, spec: Spec) -> Routes:
@@ -156,18 +150,16 @@ def route(query: Array, value: Array, choice: Choice, spec: Spec) -> Routes:
     from nsa_jax.kernels import selected as kernels
 
     if _wanted(choice) == 0:
-        return Routes(choice, ())
-    _, tokens = _tiles(tiling.selected_forward, kernels.forward, _constants(query, value, spec), spec, query.dtype)
-    passes = tuple(walks(choice, n, spec.block_size, spec.window_size) for n in tokens)
-    return Routes(choice, split(*passes, choice, tokens[0]) if len(passes) == 2 else passes)
+        return Routes(choice, None)
+    _, tokens = _tile(kernels.forward, _constants(query, value, spec), spec, query.dtype)
+    return Routes(choice, walks(choice, tokens, spec.block_size, spec.window_size))
 
 
-def _walk(kernel, choose_tiles, arrays, outputs, products: int, routes: Routes, spec: Spec) -> list[Array]:
-    """Runs a kernel that goes from the queries' side: tokens that share blocks together, the others one by one.
+def _walk(kernel, arrays, outputs, products: int, routes: Routes, spec: Spec) -> list[Array]:
+    """Runs a kernel that goes from the queries' side.
 
     Args:
         kernel: of kernels/selected.py.
-        choose_tiles: its table in `tiling`.
         arrays: query, key, value and what else it takes before the place.
         outputs: shapes and dtypes, of one row.
         products: multiplications per query head and key.
@@ -177,28 +169,21 @@ def _walk(kernel, choose_tiles, arrays, outputs, products: int, routes: Routes, 
     query, _, value = arrays[:3]
     constants = _constants(query, value, spec)
     S = _wanted(routes.choice)
-    tiles, tokens = _tiles(choose_tiles, kernel, constants, spec, query.dtype)
+    tile, tokens = _tile(kernel, constants, spec, query.dtype)
 
     def run(query, key, value, *arrays):
         B, T, N, _ = query.shape
-        arrays, found = arrays[: -len(Walks._fields) * len(tiles)], arrays[-len(Walks._fields) * len(tiles) :]
-        results = None
-        for i, (tile, n) in enumerate(zip(tiles, tokens, strict=True)):
-            walked = found[i * len(Walks._fields) : (i + 1) * len(Walks._fields)]
-            number = -(-T // n)
-            where = {"updates": results} if results else {
-                "outputs": [jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs]
-            }  # fmt: skip
-            results = launch.launch(
-                kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays, *walked, **where,
-                programs=number * constants["H"] * B, warps=tile.warps, stages=tile.stages,
-                flops=2 * B * T * N * S * spec.block_size * products // len(tiles),
-                S=S, TOKENS=n, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=number,
-                **constants,
-            )  # fmt: skip
-        return results
+        tiles = -(-T // tokens)
+        return launch.launch(
+            kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays,
+            outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
+            programs=tiles * constants["H"] * B, warps=tile.warps, stages=tile.stages,
+            flops=2 * B * T * N * S * spec.block_size * products,
+            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles,
+            **constants,
+        )  # fmt: skip
 
-    return launch.fold_vmap(run)(*arrays, routes.choice.place, *(x for walked in routes.passes for x in walked))
+    return launch.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks)
 
 
 def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
@@ -212,7 +197,7 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
     outputs = (*branch, *(branch if spec.window_size else placeholder))
     arrays = (query, key, value)
-    output, lse, *sliding = _walk(kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec)
+    output, lse, *sliding = _walk(kernels.forward, arrays, outputs, K + V, routes, spec)
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
@@ -227,7 +212,7 @@ def backward_query(
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = (jax.ShapeDtypeStruct((T, N, K), query.dtype),)
     arrays = (query, key, value, d_output, *branches[0], *branches[-1])
-    (d_query,) = _walk(kernels.backward_query, tiling.selected_backward_query, arrays, outputs, 2 * K + V, routes, spec)
+    (d_query,) = _walk(kernels.backward_query, arrays, outputs, 2 * K + V, routes, spec)
     return d_query
 
 
@@ -237,7 +222,7 @@ def backward_key_value(
     """(d_key [B, C, H, K], d_value [B, C, H, V]); branches as `forward` gives them."""
     from nsa_jax.kernels import selected as kernels
 
-    choice, passes = routes
+    choice = routes.choice
     T, S = query.shape[1], _wanted(choice)
     if S == 0:
         return jnp.zeros_like(key), jnp.zeros_like(value)
@@ -273,8 +258,7 @@ def backward_key_value(
             for first, rest in ((d_key, d_key_more), (d_value, d_value_more))
         ]
 
-    # a launch of single tokens has all their blocks listed, walked by it or not
-    singles = passes[1] if len(passes) == 2 else walks(choice, 1, spec.block_size, spec.window_size)
+    singles = walks(choice, 1, spec.block_size, spec.window_size)
     d_key, d_value = launch.fold_vmap(run)(
         query, key, value, d_output, *branches[0], *branches[-1], choice.place, *singles, *choice.blocks
     )

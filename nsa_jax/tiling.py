@@ -130,50 +130,21 @@ def walk_units(entries: int) -> int:
     return max(1, 2048 // entries)
 
 
-# for G = 16: four tokens to a tile, or one
-_SELECTED_TOGETHER = (
-    Tile(64, 64, 4, 2),
-    Tile(64, 32, 4, 2),
-    Tile(64, 16, 4, 2),
-    Tile(64, 16, 4, 1),
-)
-_SELECTED_FORWARD_ALONE = (Tile(16, 64, 1, 2), Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
-_SELECTED_QUERY_ALONE = (Tile(16, 32, 1, 2), Tile(16, 16, 1, 2), Tile(16, 16, 1, 1))
+# for G = 16: four tokens to a tile
+_SELECTED_WALK = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 1))
 _SELECTED_BACKWARD_KEY_VALUE = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 _SELECTED_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 
 
-def _walking(tiles, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
-    """The first tile that fits, its rows and warps changed to hold as many tokens as the tables do with G = 16."""
-    rows = max(power_of_two(group), min(128, max(16, tiles[0].rows * power_of_two(group) // 16)))
+def selected_walk(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    """Tile of kernels/selected.py forward and backward_query; columns: key plus value columns."""
+    # as many tokens as the table has at G = 16
+    rows = max(power_of_two(group), min(128, max(16, 4 * power_of_two(group))))
     if capability == INTERPRETER:
         return Tile(rows, min(block_size, 32), 4, 1)
     warps = min(8, rows // 16 * max(1, power_of_two(columns) // 256))
-    changed = tuple(t._replace(rows=rows, warps=warps) for t in tiles if t.keys <= block_size)
-    return _fit(changed, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
-
-
-def _passes(alone, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> tuple[Tile, ...]:
-    """The tile that several tokens share; then the tile of one token, where its heads fill one."""
-    tables = (_SELECTED_TOGETHER, alone) if group > 8 else (_SELECTED_TOGETHER,)
-    return tuple(_walking(table, capability, columns, itemsize, group, block_size) for table in tables)
-
-
-def selected_forward(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> tuple[Tile, ...]:
-    """Tiles of kernels/selected.py forward, one per launch; columns: key plus value columns."""
-    return _passes(_SELECTED_FORWARD_ALONE, capability, columns, itemsize, group, block_size)
-
-
-def selected_backward_query(
-    capability: int, columns: int, itemsize: int, group: int, block_size: int
-) -> tuple[Tile, ...]:
-    """Tiles of kernels/selected.py backward_query, one per launch; columns: key plus value columns."""
-    return _passes(_SELECTED_QUERY_ALONE, capability, columns, itemsize, group, block_size)
-
-
-def walk_together(blocks, picks):
-    """Whether tokens that pick so many blocks, so many of them distinct, walk them faster together than one by one."""
-    return 3 * blocks < 2 * picks  # measured: 1.5 times as long per block
+    tiles = tuple(t._replace(rows=rows, warps=warps) for t in _SELECTED_WALK if t.keys <= block_size)
+    return _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
 def selected_backward_key_value(capability: int, columns: int, itemsize: int, block_size: int) -> Tile:

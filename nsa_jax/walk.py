@@ -21,14 +21,12 @@ class Choice(NamedTuple):
             order, repeats allowed.
         touched: int32 [B, T, X], likewise the blocks that the query's sliding window touches; X is 0 without one.
         place: int32 [B, T], the query's index in the key row.
-        start: int32 [B, T], where the query's segment begins there.
         blocks: the blocks of the key row.
     """
 
     selected: Array
     touched: Array
     place: Array
-    start: Array
     blocks: Blocks
 
 
@@ -38,7 +36,7 @@ class Walks(NamedTuple):
     Attributes:
         begins: int32 [B, H, tiles, tokens * (S + X)], first keys, ascending, without repeats, NOWHERE after the last.
         members: int32, likewise, which tokens of the tile want the block.
-        counts: int32 [B, H, tiles], the blocks of a walk; negative where it is not to be walked.
+        counts: int32 [B, H, tiles], the blocks of a walk.
         plain_counts: int32 [B, H, tiles], how many of them, the first ones, lie before every token and its window.
     """
 
@@ -78,7 +76,6 @@ def choose(
         selected=jnp.where(keep, selected, NOWHERE),
         touched=jnp.where(reached, touched, NOWHERE),
         place=tokens.start + tokens.position,
-        start=tokens.start,
         blocks=segments.blocks(tokens, block_size, segments.most_blocks(segment_ids, T, block_size)),
     )
 
@@ -111,23 +108,3 @@ def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) ->
         )  # fmt: skip
 
     return Walks(*launch.fold_vmap(run)(first_keys, choice.place))
-
-
-def split(together: Walks, alone: Walks, choice: Choice, tokens: int) -> tuple[Walks, Walks]:
-    """Of the walks of tiles of `tokens` tokens and those of single tokens, those that are to be walked.
-
-    A tile is walked as one where its tokens share enough of their blocks, and stand in one segment: no other segment
-    then has a say in how it is computed.
-    """
-    B, T = choice.place.shape
-    H, tiles = together.counts.shape[1:]
-    spare = tiles * tokens - T
-    picks = jnp.sum(jnp.pad(alone.counts, ((0, 0), (0, 0), (0, spare))).reshape(B, H, tiles, tokens), axis=3)
-    starts = jnp.pad(choice.start, ((0, 0), (0, spare)), mode="edge").reshape(B, 1, tiles, tokens)
-    one_segment = jnp.min(starts, axis=3) == jnp.max(starts, axis=3)
-    share = one_segment & tiling.walk_together(together.counts, picks)
-    alike = jnp.repeat(share, tokens, axis=2)[..., :T]
-    return (
-        together._replace(counts=jnp.where(share, together.counts, -1)),
-        alone._replace(counts=jnp.where(alike, -1, alone.counts)),
-    )

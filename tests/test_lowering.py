@@ -51,6 +51,15 @@ def test_forward_and_backward_compile(capability, names):
         assert kernel["shared"] <= 1024 * SHARED_MEMORY[capability], kernel
 
 
+def test_transformations():
+    facts = json.loads(script("lowering_transforms.py"))
+    kernels = {name: count for name, (count, _) in facts.items()}
+    assert kernels["jit"] == kernels["shard_map"] == kernels["vmap"] == kernels["layer"] > 0
+    assert 0 < kernels["scan and remat"] < kernels["jit"]  # keys and values need no gradient
+    # where a scan stacks the result of a kernel, XLA forgets which operand the result was to share memory with
+    assert not any(aliased for _, aliased in facts.values())
+
+
 def test_largest_tensor():
     assert lowering.largest_tensor("tensor<4x8xf32>, tensor<2x3x16xi32>, tensor<7xi1>, tensor<f32>") == 96
 

@@ -10,7 +10,7 @@ from cases import packing
 
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.segments import Blocks
-from nsa_jax.walk import NOWHERE, Walks, choose, split, walks
+from nsa_jax.walk import NOWHERE, Walks, choose, walks
 
 B, H, BLOCK = 2, 2, 16
 
@@ -94,28 +94,6 @@ def test_walks(case):
         assert (begins[b, h, tile, count:] == NOWHERE).all()
         plain = [begin for begin in bits if begin + BLOCK + window_size <= tile * tokens + 1]
         assert plain_counts[b, h, tile] == len(plain)
-
-
-@pytest.mark.parametrize(
-    ("T", "S", "tokens", "kind"), [(63, 3, 4, "packed"), (100, 2, 5, "whole"), (17, 3, 4, "single")]
-)
-def test_split(T, S, tokens, kind):
-    choice, table = chosen(kind, T, S, 0)
-    together, alone = walks(choice, tokens, BLOCK), walks(choice, 1, BLOCK)
-    shared, single = split(together, alone, choice, tokens)
-    spots = places(segment_ids_of(kind, T), T)
-    seen = set()
-    for b, h, tile in np.ndindex(B, H, -(-T // tokens)):
-        members = range(tile * tokens, min(T, (tile + 1) * tokens))
-        wants = [table[b, h, t][0] for t in members]
-        share = 3 * len(set().union(*wants)) < 2 * sum(map(len, wants))
-        share &= len({spots[b][t][0] for t in members}) == 1
-        assert shared.counts[b, h, tile] == (together.counts[b, h, tile] if share else -1)
-        assert single.counts[b, h, members.start : members.stop].tolist() == [
-            -1 if share else alone.counts[b, h, t] for t in members
-        ]
-        seen.add(share)
-    assert seen == ({False} if kind == "single" else {False, True})
 
 
 def test_blocks_hold_every_token_once():
