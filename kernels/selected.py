@@ -82,7 +82,7 @@ def forward(
         where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS, DESCRIPTORS
         )
-        live = True if TOKENS == 1 else _wanted(wanted_by, local)
+        live = _wanted(wanted_by, local)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
         peak, total, sums = online_step(score, live, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
@@ -144,7 +144,6 @@ def backward_query(
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, base + offset, inside)
-    factor: tl.constexpr = exponent_factor(SCALE)
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
     for i in range(plain):
@@ -152,8 +151,8 @@ def backward_query(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS, DESCRIPTORS
         )
         # one number per row hides all of it, which costs less than a mask
-        subtrahend = row_lse if TOKENS == 1 else tl.where(_wanted(wanted_by, local), row_lse, float("inf"))
-        p = tl.exp2(scores(q, k, SCALE, K_PARTS, PRECISION) * factor - subtrahend[:, None])  # [ROWS, KEYS]
+        subtrahend = tl.where(_wanted(wanted_by, local), row_lse, float("inf"))
+        p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - subtrahend[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
     dq = scaled(dq, row_weight[:, None], K_PARTS)
@@ -161,7 +160,7 @@ def backward_query(
         where, wanted_by, k, v = _load_block(
             i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS, DESCRIPTORS
         )
-        exponent = scores(q, k, SCALE, K_PARTS, PRECISION) * factor
+        exponent = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
         dp = inner(do, v, V_PARTS, PRECISION)
         seen = where[None, :] <= row_place[:, None]
         ds = tl.exp2(exponent - row_lse[:, None]) * (dp - row_delta[:, None]) * row_weight[:, None]
@@ -200,7 +199,7 @@ def _key_gradients(
     q = load_rows(query, offset * K, real, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output, offset * V, real, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, offset, real)
-    exponent = scores(k, q, SCALE, K_PARTS, PRECISION) * exponent_factor(SCALE)  # [KEYS, ROWS]
+    exponent = inner(k, q, K_PARTS, PRECISION) * (SCALE * LOG2E)  # [KEYS, ROWS]
     p = tl.exp2(exponent - row_lse[None, :])
     if PLAIN:
         p *= row_weight[None, :]

@@ -12,7 +12,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.constexpr_function
 def exponent_factor(scale):
     """What `scores` gives is to be multiplied by this, a positive number, to be an exponent of base 2."""
-    return (scale if scale > 0 else 1.0) * 1.4426950408889634
+    return (scale if scale > 0 else 1.0) * LOG2E.value
 
 
 @triton.jit

@@ -52,6 +52,6 @@ def walk(
         tl.store(begins + target + i, begin, mask=tile < TILES)
         tl.store(members + target + i, tl.sum(member, 1), mask=tile < TILES)
         count += (begin < NOWHERE).to(tl.int32)
-        plain += ((begin < NOWHERE) & (begin <= edge)).to(tl.int32)
+        plain += (begin <= edge).to(tl.int32)
     tl.store(counts + (row * H + head) * TILES + tile, count, mask=tile < TILES)
     tl.store(plain_counts + (row * H + head) * TILES + tile, plain, mask=tile < TILES)

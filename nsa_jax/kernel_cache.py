@@ -50,10 +50,7 @@ def _read(path: pathlib.Path, kind):
 
 def _write(path: pathlib.Path, result) -> None:
     """Keeps what a launch needs, not the intermediate code; a folder that cannot be written to costs only time."""
-    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)} | {
-        "ttgir": "",
-        "llir": "",
-    }
+    fields = dataclasses.asdict(dataclasses.replace(result, ttgir="", llir=""))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -191,12 +191,16 @@ def launch(
     if programs == 0:
         return [jnp.zeros(out.shape, out.dtype) for out in outputs]
 
-    axes = varying_axes([x.array if isinstance(x, Tiled) else x for x in arrays])
+    axes = varying_axes(_plain(arrays))
     if _is_interpreted(kernel):
         results = _interpret(kernel, arrays, outputs, programs, constants)
     else:
         results = _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
     return [_vary(result, axes) for result in results]
+
+
+def _plain(arrays) -> list[Array]:
+    return [x.array if isinstance(x, Tiled) else x for x in arrays]
 
 
 def _described(arrays) -> bool:
@@ -212,8 +216,7 @@ def _is_interpreted(kernel) -> bool:
 def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants):
     jax_triton = _jax_triton()
     capability = compute_capability()
-    plain = [x.array if isinstance(x, Tiled) else x for x in arrays]
-    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*plain, *outputs))
+    traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*_plain(arrays), *outputs))
     return jax_triton.triton_call(
         *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
         kernel=kernel,
@@ -313,4 +316,4 @@ def _interpret(kernel, arrays, outputs, programs, constants):
             kernel[(programs,)](*operands, *map(_Tensor, results), **constants)
         return [result.astype(out.dtype) for result, out in zip(results, outputs, strict=True)]
 
-    return jax.pure_callback(run, list(outputs), *(x.array if isinstance(x, Tiled) else x for x in arrays))
+    return jax.pure_callback(run, list(outputs), *_plain(arrays))

@@ -43,29 +43,12 @@ def _fit(tiles: tuple[Tile, ...], capability: int, footprint) -> Tile:
     return next((tile for tile in tiles if footprint(tile) <= limit), tiles[-1])
 
 
-_INTERVAL_FORWARD = (
-    Tile(128, 64, 4, 2),
-    Tile(64, 64, 4, 2),
-    Tile(64, 32, 4, 2),
-    Tile(32, 32, 4, 1),
-    Tile(16, 16, 4, 1),
-)
-_INTERVAL_FORWARD_WIDE = (Tile(128, 64, 8, 2), *_INTERVAL_FORWARD[2:])
-_INTERVAL_BACKWARD_QUERY = (
-    Tile(128, 32, 8, 3),
-    Tile(64, 64, 4, 2),
-    Tile(64, 32, 4, 2),
-    Tile(32, 32, 4, 1),
-    Tile(16, 16, 4, 1),
-)
-_INTERVAL_BACKWARD_KEY_VALUE = (
-    Tile(64, 128, 8, 3),
-    Tile(64, 64, 4, 2),
-    Tile(64, 32, 4, 2),
-    Tile(32, 32, 4, 1),
-    Tile(16, 16, 4, 1),
-)
-_INTERVAL_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 64, 8, 2), *_INTERVAL_BACKWARD_KEY_VALUE[2:])
+_INTERVAL_SMALLER = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+_INTERVAL_FORWARD = (Tile(128, 64, 4, 2), *_INTERVAL_SMALLER)
+_INTERVAL_FORWARD_WIDE = (Tile(128, 64, 8, 2), *_INTERVAL_SMALLER[1:])
+_INTERVAL_BACKWARD_QUERY = (Tile(128, 32, 8, 3), *_INTERVAL_SMALLER)
+_INTERVAL_BACKWARD_KEY_VALUE = (Tile(64, 128, 8, 3), *_INTERVAL_SMALLER)
+_INTERVAL_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 64, 8, 2), *_INTERVAL_SMALLER[1:])
 # exact float32 products are no tensor-core products: a thread's share of a larger tile does not fit its registers
 _INTERVAL_FLOAT32 = (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1))
 _INTERVAL_INTERPRETED = Tile(64, 32, 4, 1)
