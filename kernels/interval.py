@@ -12,8 +12,8 @@ for all its heads and no group size wastes a row. Tiles that every row sees whol
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, exponent_factor, finish, online_step, scores
-from .tiles import accumulate, inner, load_keys, load_rows, scaled, store_rows, zeros
+from .softmax import LOG2E, exponent_factor, finish, online_step, score_shift, scores
+from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
 @triton.jit
@@ -102,20 +102,29 @@ def forward(
 
 @triton.jit
 def backward_query(
-    query, key, value, d_output, lse, delta, weight, key_begin, key_end, d_query,
+    query, key, value, output, d_output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, HAS_D_LSE: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """d_query [B, T, N, K]. The cotangent of the output is weight * d_output; delta is rowsum(d_output * output)."""
+    """d_query [B, T, N, K], and delta float32 [B, T, N], see `score_shift`.
+
+    The cotangent of the output is weight * d_output. d_lse, with HAS_D_LSE, is that of the lse; before, with
+    HAS_BEFORE, is a d_query to add to.
+    """
     tile, head, row = _program(TILES, H)
     base, offset, token, inside = _query_rows(TILES - 1 - tile, row, head, T, H, G, ROWS)
     begin = tl.load(key_begin + row * T + token, mask=inside, other=0)  # [ROWS]
     end = tl.load(key_end + row * T + token, mask=inside, other=0)
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf")) * LOG2E
-    row_delta = tl.load(delta + base + offset, mask=inside, other=0.0)
+    o = load_rows(output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
+    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf"))
+    row_d_lse = tl.load(d_lse + base + offset, mask=inside, other=0.0) if HAS_D_LSE else 0.0
+    row_delta = score_shift(o, do, row_d_lse, row_lse, V_PARTS)
+    tl.store(delta + base + offset, row_delta, mask=inside)
+    row_lse *= LOG2E
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0).to(tl.float32) * SCALE
 
     first = tl.min(tl.where(end > begin, begin, C), 0) // KEYS
@@ -135,7 +144,10 @@ def backward_query(
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])
         ds = tl.where(seen, p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None]), 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-    store_rows(d_query + base * K, offset * K, scaled(dq, row_weight[:, None], K_PARTS), inside, K, K_PARTS)
+    dq = scaled(dq, row_weight[:, None], K_PARTS)
+    if HAS_BEFORE:
+        dq = added(dq, load_rows(before + base * K, offset * K, inside, K, K_PARTS), K_PARTS)
+    store_rows(d_query + base * K, offset * K, dq, inside, K, K_PARTS)
 
 
 @triton.jit
@@ -175,7 +187,10 @@ def backward_key_value(
     SPLITS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """d_key, d_value [SPLITS, B, C, H, K|V], one part per share of the queries. Grid: TILES * SPLITS * H * B."""
+    """d_key, d_value [SPLITS, B, C, H, K|V], one part per share of the queries. Grid: TILES * SPLITS * H * B.
+
+    The cotangent of the output is weight * d_output; delta is what `backward_query` gives.
+    """
     program, head, row = _program(TILES * SPLITS, H)
     split = program % SPLITS
     local = tl.arange(0, KEYS)

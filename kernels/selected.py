@@ -14,7 +14,7 @@ blocks. Arguments named sliding_* belong to it; with WINDOW 0 they are placehold
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, exponent_factor, finish, online_step, scores
+from .softmax import LOG2E, exponent_factor, finish, online_step, score_shift, scores
 from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
@@ -32,19 +32,24 @@ def _tile_rows(
 
 
 @triton.jit
+def _step(i, steps, begins, members, SHARES: tl.constexpr, KEYS: tl.constexpr):
+    """Step i of a walk, a block being SHARES steps of KEYS keys: the first key, and who wants the block."""
+    inside = i < steps
+    first = tl.load(begins + i // SHARES, mask=inside, other=0) + i % SHARES * KEYS
+    return first, tl.load(members + i // SHARES, mask=inside, other=0)
+
+
+@triton.jit
 def _load_block(
-    i, begins, members, key, value, row, head, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KEYS: tl.constexpr, SHARES: tl.constexpr, PLAIN: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    first, key, value, row, head, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KEYS: tl.constexpr, PLAIN: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Step i of a walk, a block being SHARES steps of KEYS keys: places [KEYS], who wants it, keys and values."""
-    wanted_by = tl.load(members + i // SHARES)
-    first = tl.load(begins + i // SHARES) + i % SHARES * KEYS
+    """The keys from `first` on: places [KEYS], keys and values."""
     where = first + tl.arange(0, KEYS)
     inside = where < (first + KEYS if PLAIN else C)
     keys = load_keys(key, row, first, head, inside, C, H, K, KEYS, K_PARTS, DESCRIPTORS)  # [KEYS, K]
     values = load_keys(value, row, first, head, inside, C, H, V, KEYS, V_PARTS, DESCRIPTORS)  # [KEYS, V]
-    return where, wanted_by, keys, values
+    return where, keys, values
 
 
 @triton.jit
@@ -78,21 +83,20 @@ def forward(
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
+    # known a step ahead, so that no copy of keys waits for where they begin
+    first, wanted_by = _step(0, steps, begins, members, SHARES, KEYS)
     for i in range(plain):
-        where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS, DESCRIPTORS
-        )
+        where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, True, K_PARTS, V_PARTS, DESCRIPTORS)
         live = _wanted(wanted_by, local)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
         peak, total, sums = online_step(score, live, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
 
     sliding_peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     sliding_total = tl.zeros([ROWS], dtype=tl.float32)
     sliding_sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(plain, steps):
-        where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS, DESCRIPTORS
-        )
+        where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, False, K_PARTS, V_PARTS, DESCRIPTORS)
         live = _wanted(wanted_by, local)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)
         score = tl.where(where[None, :] <= row_place[:, None], score, float("-inf"))
@@ -103,6 +107,7 @@ def forward(
             sliding_peak, sliding_total, sliding_sums = online_step(
                 score, live, v, sliding_peak, sliding_total, sliding_sums, factor, V_PARTS, PRECISION
             )
+        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
 
     result, result_lse = finish(peak, total, sums, V_PARTS)
     store_rows(output + base * V, offset * V, result, inside, V, V_PARTS)
@@ -114,23 +119,19 @@ def forward(
 
 
 @triton.jit
-def _load_statistics(lse, delta, weight, offset, mask):
-    """Of the rows at `offset`: the lse in base 2, delta and the weight, float32; a masked row has probability 0."""
-    row_lse = tl.load(lse + offset, mask=mask, other=float("inf")) * LOG2E
-    row_delta = tl.load(delta + offset, mask=mask, other=0.0)
-    return row_lse, row_delta, tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def backward_query(
-    query, key, value, d_output, lse, delta, weight, sliding_lse, sliding_delta, sliding_weight,
-    place, begins, members, counts, plain_counts, d_query,
+    query, key, value, d_output, output, lse, weight, sliding_output, sliding_lse, sliding_weight, d_lse, before,
+    place, begins, members, counts, plain_counts, d_query, delta, sliding_delta,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, HAS_D_LSE: tl.constexpr, HAS_BEFORE: tl.constexpr,
+    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """d_query [B, T, N, K]. An output has the cotangent weight * d_output; delta is rowsum(d_output * output)."""
+    """d_query [B, T, N, K], and delta and sliding_delta float32 [B, T, N], see `score_shift`.
+
+    An output has the cotangent weight * d_output. d_lse, with HAS_D_LSE, is the cotangent of the selected branch's lse;
+    before, with HAS_BEFORE, is a d_query to add to.
+    """
     program = tl.program_id(0)
     tile = program % TILES
     head = program // TILES % H
@@ -143,37 +144,57 @@ def backward_query(
     base, offset, inside, local, row_place = _tile_rows(place, row, tile, head, T, H, G, TOKENS, ROWS)
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, base + offset, inside)
+    o = load_rows(output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
+    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf"))
+    row_d_lse = tl.load(d_lse + base + offset, mask=inside, other=0.0) if HAS_D_LSE else 0.0
+    row_delta = score_shift(o, do, row_d_lse, row_lse, V_PARTS)
+    tl.store(delta + base + offset, row_delta, mask=inside)
+    row_lse *= LOG2E
+    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0).to(tl.float32)
+    if WINDOW > 0:
+        o = load_rows(sliding_output + base * V, offset * V, inside, V, V_PARTS)
+        near_lse = tl.load(sliding_lse + base + offset, mask=inside, other=float("inf"))
+        near_delta = score_shift(o, do, 0.0, near_lse, V_PARTS)
+        tl.store(sliding_delta + base + offset, near_delta, mask=inside)
+        near_lse *= LOG2E
+        near_weight = tl.load(sliding_weight + base + offset, mask=inside, other=0.0).to(tl.float32)
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
+    first, wanted_by = _step(0, steps, begins, members, SHARES, KEYS)
     for i in range(plain):
-        where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, True, K_PARTS, V_PARTS, DESCRIPTORS
-        )
+        where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, True, K_PARTS, V_PARTS, DESCRIPTORS)
         # one number per row hides all of it, which costs less than a mask
         subtrahend = tl.where(_wanted(wanted_by, local), row_lse, float("inf"))
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - subtrahend[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
+        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
     dq = scaled(dq, row_weight[:, None], K_PARTS)
     for i in range(plain, steps):
-        where, wanted_by, k, v = _load_block(
-            i, begins, members, key, value, row, head, C, H, K, V, KEYS, SHARES, False, K_PARTS, V_PARTS, DESCRIPTORS
-        )
+        where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, False, K_PARTS, V_PARTS, DESCRIPTORS)
         exponent = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
         dp = inner(do, v, V_PARTS, PRECISION)
         seen = where[None, :] <= row_place[:, None]
         ds = tl.exp2(exponent - row_lse[:, None]) * (dp - row_delta[:, None]) * row_weight[:, None]
         ds = tl.where(seen & _wanted(wanted_by, local)[:, None], ds, 0.0)
         if WINDOW > 0:
-            near_lse, near_delta, near_weight = _load_statistics(
-                sliding_lse, sliding_delta, sliding_weight, base + offset, inside
-            )
             near = seen & _wanted(wanted_by, local + 16)[:, None] & (where[None, :] > row_place[:, None] - WINDOW)
             near_ds = tl.exp2(exponent - near_lse[:, None]) * (dp - near_delta[:, None]) * near_weight[:, None]
             ds += tl.where(near, near_ds, 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-    store_rows(d_query + base * K, offset * K, scaled(dq, SCALE, K_PARTS), inside, K, K_PARTS)
+        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
+    dq = scaled(dq, SCALE, K_PARTS)
+    if HAS_BEFORE:
+        dq = added(dq, load_rows(before + base * K, offset * K, inside, K, K_PARTS), K_PARTS)
+    store_rows(d_query + base * K, offset * K, dq, inside, K, K_PARTS)
+
+
+@triton.jit
+def _load_statistics(lse, delta, weight, offset, mask):
+    """Of the rows at `offset`: the lse in base 2, delta and the weight, float32; a masked row has probability 0."""
+    row_lse = tl.load(lse + offset, mask=mask, other=float("inf")) * LOG2E
+    row_delta = tl.load(delta + offset, mask=mask, other=0.0)
+    return row_lse, row_delta, tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import accumulate, inner, scaled
+from .tiles import accumulate, inner, row_dot, scaled
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -48,3 +48,12 @@ def finish(peak, total, sums, V_PARTS: tl.constexpr):
     safe = tl.where(seen, total, 1.0)
     lse = tl.where(seen, (peak + tl.log2(safe)) * LN2, float("-inf"))
     return scaled(sums, (1.0 / safe)[:, None], V_PARTS), lse
+
+
+@triton.jit
+def score_shift(output, d_output, d_lse, lse, V_PARTS: tl.constexpr):
+    """What the gradients of a row's scores subtract [M], FlashAttention's delta: rowsum(d_output * output) - d_lse.
+
+    0 for a row that sees nothing, lse -inf: its lse is constant, whatever the cotangent holds.
+    """
+    return tl.where(lse == float("-inf"), 0.0, row_dot(d_output, output, V_PARTS) - d_lse)

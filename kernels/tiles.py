@@ -81,6 +81,15 @@ def added(a, b, PARTS: tl.constexpr):
 
 
 @triton.jit
+def row_dot(a, b, PARTS: tl.constexpr):
+    """float32 rowsum(a * b) [M] of tiles [M, PARTS[i]]."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(PARTS)):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
 def inner(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T over the width: [M, D], [N, D] -> float32 [M, N]."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import interval, launch, segments, selected, tiling
-from nsa_jax.residuals import name_residuals, output_dot
+from nsa_jax.residuals import Branch, name_residuals
 from nsa_jax.selection import select_blocks
 from nsa_jax.walk import choose
 
@@ -161,29 +161,32 @@ def _attend_backward(config, residuals, d_output):
     arrays, gates, outputs, lses, seen = residuals
     query, key, value, compressed_key, compressed_value = arrays
     specs = _specs(config, gates, query.shape[1])
-    deltas = Gates(*(None if output is None else output_dot(d_output, output) for output in outputs))
-    rows = [None if gate is None else selected.Rows(*x, gate) for *x, gate in zip(lses, deltas, gates, strict=True)]
-
-    d_queries, d_shared, d_compressed = [], [], (None, None)
+    branches = [
+        None if gate is None else Branch(output, lse, gate)
+        for output, lse, gate in zip(outputs, lses, gates, strict=True)
+    ]
+    deltas, d_query, d_shared, d_compressed = Gates(None, None, None), None, [], (None, None)
     if gates.compressed is not None:
-        arguments = (query, compressed_key, compressed_value, d_output, *rows[0], seen.compressed, specs[0])
-        d_queries.append(interval.backward_query(*arguments))
-        d_compressed = interval.backward_key_value(*arguments)
+        arguments = (query, compressed_key, compressed_value, d_output, branches[0])
+        d_query, delta = interval.backward_query(*arguments, seen.compressed, specs[0])
+        d_compressed = interval.backward_key_value(*arguments, delta, seen.compressed, specs[0])
+        deltas = deltas._replace(compressed=delta)
     elif compressed_key is not None:
         d_compressed = jnp.zeros_like(compressed_key), jnp.zeros_like(compressed_value)
-    if gates.selected is not None:
-        branches = rows[1:] if _one_pass(config, gates) else rows[1:2]
-        arguments = (query, key, value, d_output, branches, seen.selected, specs[1])
-        d_queries.append(selected.backward_query(*arguments))
-        d_shared.append(selected.backward_key_value(*arguments))
     if seen.sliding is not None:
-        arguments = (query, key, value, d_output, *rows[2], seen.sliding, specs[2])
-        d_queries.append(interval.backward_query(*arguments))
-        d_shared.append(interval.backward_key_value(*arguments))
+        arguments = (query, key, value, d_output, branches[2])
+        d_query, delta = interval.backward_query(*arguments, seen.sliding, specs[2], d_query)
+        d_shared.append(interval.backward_key_value(*arguments, delta, seen.sliding, specs[2]))
+        deltas = deltas._replace(sliding=delta)
+    if gates.selected is not None:
+        arguments = (query, key, value, d_output, branches[1:] if _one_pass(config, gates) else branches[1:2])
+        d_query, (delta, *near) = selected.backward_query(*arguments, seen.selected, specs[1], d_query)
+        d_shared.append(selected.backward_key_value(*arguments, [delta, *near], seen.selected, specs[1]))
+        deltas = deltas._replace(selected=delta, **({"sliding": near[0]} if near else {}))
 
     d_key, d_value = (_sum([pair[i] for pair in d_shared], like) for i, like in enumerate((key, value)))
     d_gates = jax.tree.map(lambda delta, gate: delta.astype(gate.dtype), deltas, gates)
-    return Arrays(_sum(d_queries, query), d_key, d_value, *d_compressed), d_gates, None
+    return Arrays(d_query, d_key, d_value, *d_compressed), d_gates, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

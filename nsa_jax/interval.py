@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import launch, tiling
-from nsa_jax.residuals import name_residuals, nothing_seen, ungated_delta
+from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
 from nsa_jax.segments import Intervals
 
 Array = jax.Array
@@ -73,14 +73,14 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array,
-    intervals: Intervals, spec: Spec,
-) -> Array:  # fmt: skip
-    """d_query [B, T, N, K]; the output has the cotangent weight * d_output, delta is rowsum(d_output * output)."""
+    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, intervals: Intervals, spec: Spec,
+    before: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(d_query [B, T, N, K], added to `before` if given; delta float32 [B, T, N], for `backward_key_value`)."""
     from nsa_jax.kernels import interval as kernels
 
     if key.shape[1] == 0:
-        return jnp.zeros_like(query)
+        return untouched(query, before), jnp.zeros_like(branch.lse)
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_query, kernels.backward_query, shape, query.dtype)
 
@@ -90,23 +90,25 @@ def backward_query(
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
             kernels.backward_query, query, *launch.key_tiles(kernels.backward_query, tile.keys, key, value), *arrays,
-            outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype),),
+            outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (2 * K + V),
-            ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, **shape,
+            ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, HAS_D_LSE=branch.d_lse is not None,
+            HAS_BEFORE=before is not None, **shape,
         )  # fmt: skip
 
-    (d_query,) = launch.fold_vmap(run)(
-        query, key, value, d_output, lse, delta, weight, intervals.key_begin, intervals.key_end
-    )
-    return d_query
+    d_query, delta = launch.fold_vmap(run)(
+        query, key, value, branch.output, d_output, *or_placeholders(branch, query, before),
+        intervals.key_begin, intervals.key_end,
+    )  # fmt: skip
+    return d_query, delta
 
 
 def backward_key_value(
-    query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array,
+    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, delta: Array,
     intervals: Intervals, spec: Spec,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """(d_key [B, C, H, K], d_value [B, C, H, V]); arguments as in `backward_query`."""
+    """(d_key [B, C, H, K], d_value [B, C, H, V]); delta is what `backward_query` gives."""
     from nsa_jax.kernels import interval as kernels
 
     if key.shape[1] == 0:
@@ -132,7 +134,7 @@ def backward_key_value(
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
     d_key, d_value = launch.fold_vmap(run)(
-        query, key, value, d_output, lse, delta, weight, intervals.query_begin, intervals.query_end
+        query, key, value, d_output, branch.lse, delta, branch.weight, intervals.query_begin, intervals.query_end
     )
     return d_key, d_value
 
@@ -151,9 +153,9 @@ def _attend_forward(spec, query, key, value, intervals):
 def _attend_backward(spec, residuals, cotangents):
     query, key, value, intervals, output, lse = residuals
     d_output, d_lse = cotangents
-    delta = ungated_delta(d_output, d_lse, output, lse)
-    arguments = (query, key, value, d_output, lse, delta, jnp.ones_like(lse), intervals, spec)
-    return backward_query(*arguments), *backward_key_value(*arguments), None
+    branch = Branch(output, lse, jnp.ones_like(lse), d_lse)
+    d_query, delta = backward_query(query, key, value, d_output, branch, intervals, spec)
+    return d_query, *backward_key_value(query, key, value, d_output, branch, delta, intervals, spec), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -1,4 +1,6 @@
-"""What the derivatives of all branches share: names for rematerialisation policies, and delta."""
+"""What the derivatives of all branches share: names for rematerialisation policies, and what is kept of a branch."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,28 @@ def nothing_seen(query: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Arr
     return jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
 
 
-def output_dot(d_output: jax.Array, output: jax.Array) -> jax.Array:
-    """float32 rowsum(d_output * output), [B, T, N]: FlashAttention's delta, and the gradient of a gate."""
-    return jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
+def untouched(query: jax.Array, before: jax.Array | None) -> jax.Array:
+    """The gradient of queries that see nothing, added to `before` if given."""
+    return jnp.zeros_like(query) if before is None else before
 
 
-def ungated_delta(d_output: jax.Array, d_lse: jax.Array, output: jax.Array, lse: jax.Array) -> jax.Array:
-    """The float32 [B, T, N] that the score gradients subtract, where output and lse [B, T, N] both have a cotangent."""
-    # a query that sees nothing has a constant lse, whatever its cotangent holds
-    return jnp.where(lse == -jnp.inf, 0.0, output_dot(d_output, output) - d_lse)
+class Branch(NamedTuple):
+    """What the backward pass takes of a branch.
+
+    Attributes:
+        output: [B, T, N, V], of the forward pass.
+        lse: float32 [B, T, N], likewise.
+        weight: [B, T, N]; the cotangent of the output is weight * d_output.
+        d_lse: float32 [B, T, N], the cotangent of the lse; None for 0.
+    """
+
+    output: jax.Array
+    lse: jax.Array
+    weight: jax.Array
+    d_lse: jax.Array | None = None
+
+
+def or_placeholders(branch: Branch, query: jax.Array, before: jax.Array | None) -> tuple[jax.Array, ...]:
+    """(lse, d_lse, weight, before) as a kernel takes them: an array of the shape that it does not read for None."""
+    lse, weight, d_lse = branch[1:]
+    return lse, lse if d_lse is None else d_lse, weight, query if before is None else before

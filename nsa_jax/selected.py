@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nsa_jax import checks, launch, reference, segments, tiling
 from nsa_jax.inverse import invert, more_items
-from nsa_jax.residuals import name_residuals, nothing_seen, ungated_delta
+from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import Choice, Walks, choose, walks
 
@@ -36,20 +36,6 @@ class Routes(NamedTuple):
 
     choice: Choice
     walks: Walks | None  # None where no block is wanted
-
-
-class Rows(NamedTuple):
-    """What the backward kernels take of a branch, each [B, T, N].
-
-    Attributes:
-        lse: float32, of the forward pass.
-        delta: float32 rowsum(d_output * output).
-        weight: the cotangent of the branch's output is weight * d_output.
-    """
-
-    lse: Array
-    delta: Array
-    weight: Array
 
 
 def selected_attention(
@@ -138,38 +124,37 @@ def _wanted(choice: Choice) -> int:
     return choice.selected.shape[3] + choice.touched.shape[2]
 
 
-def _tile(kernel, constants: dict, spec: Spec, dtype) -> tuple[tiling.Tile, int]:
-    """The tile of a kernel that goes from the queries' side, and the tokens in it."""
-    G, capability = constants["G"], launch.capability_of(kernel)
-    tile = tiling.selected_walk(capability, _columns(constants), dtype.itemsize, G, spec.block_size)
-    return tile, max(1, min(16, tile.rows // G))
+def _tile(pick, kernel, constants: dict, spec: Spec, dtype) -> tuple[tiling.Tile, int]:
+    """The tile that `pick` of tiling.py has for a kernel that goes from the queries' side, and the tokens in it."""
+    tile = pick(launch.capability_of(kernel), _columns(constants), dtype.itemsize, constants["G"], spec.block_size)
+    return tile, tiling.selected_tokens(constants["G"])
 
 
 def route(query: Array, value: Array, choice: Choice, spec: Spec) -> Routes:
     """The Routes of a choice."""
-    from nsa_jax.kernels import selected as kernels
-
     if _wanted(choice) == 0:
         return Routes(choice, None)
-    _, tokens = _tile(kernels.forward, _constants(query, value, spec), spec, query.dtype)
+    tokens = tiling.selected_tokens(query.shape[2] // value.shape[2])
     return Routes(choice, walks(choice, tokens, spec.block_size, spec.window_size))
 
 
-def _walk(kernel, arrays, outputs, products: int, routes: Routes, spec: Spec) -> list[Array]:
+def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, **constants) -> list[Array]:
     """Runs a kernel that goes from the queries' side.
 
     Args:
         kernel: of kernels/selected.py.
+        pick: of tiling.py, gives its tile.
         arrays: query, key, value and what else it takes before the place.
         outputs: shapes and dtypes, of one row.
         products: multiplications per query head and key.
         routes: see `Routes`.
         spec: see `Spec`.
+        **constants: that the kernel has beside those of all.
     """
     query, _, value = arrays[:3]
-    constants = _constants(query, value, spec)
+    constants |= _constants(query, value, spec)
     S = _wanted(routes.choice)
-    tile, tokens = _tile(kernel, constants, spec, query.dtype)
+    tile, tokens = _tile(pick, kernel, constants, spec, query.dtype)
 
     def run(query, key, value, *arrays):
         B, T, N, _ = query.shape
@@ -197,29 +182,43 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
     outputs = (*branch, *(branch if spec.window_size else placeholder))
     arrays = (query, key, value)
-    output, lse, *sliding = _walk(kernels.forward, arrays, outputs, K + V, routes, spec)
+    output, lse, *sliding = _walk(kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec)
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], routes: Routes, spec: Spec
-) -> Array:
-    """d_query [B, T, N, K]; branches as `forward` gives them."""
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], routes: Routes, spec: Spec,
+    before: Array | None = None,
+) -> tuple[Array, list[Array]]:  # fmt: skip
+    """(d_query [B, T, N, K], added to `before` if given; deltas float32 [B, T, N] of the branches, for
+    `backward_key_value`); branches as `forward` gives them, of which only the selected one's lse may have a cotangent.
+    """
     from nsa_jax.kernels import selected as kernels
 
     if _wanted(routes.choice) == 0:
-        return jnp.zeros_like(query)
+        return untouched(query, before), [jnp.zeros_like(branch.lse) for branch in branches]
     (_, T, N, K), V = query.shape, value.shape[3]
-    outputs = (jax.ShapeDtypeStruct((T, N, K), query.dtype),)
-    arrays = (query, key, value, d_output, *branches[0], *branches[-1])
-    (d_query,) = _walk(kernels.backward_query, arrays, outputs, 2 * K + V, routes, spec)
-    return d_query
+    delta = jax.ShapeDtypeStruct((T, N), jnp.float32)
+    second = delta if spec.window_size else jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    lse, d_lse, weight, into = or_placeholders(branches[0], query, before)
+    near = branches[-1]
+    d_query, *deltas = _walk(
+        kernels.backward_query, tiling.selected_backward_query,
+        (
+            query, key, value, d_output, branches[0].output, lse, weight, near.output, near.lse, near.weight,
+            d_lse, into,
+        ),
+        (jax.ShapeDtypeStruct((T, N, K), query.dtype), delta, second), 2 * K + V, routes, spec,
+        HAS_D_LSE=branches[0].d_lse is not None, HAS_BEFORE=before is not None,
+    )  # fmt: skip
+    return d_query, deltas[: len(branches)]
 
 
 def backward_key_value(
-    query: Array, key: Array, value: Array, d_output: Array, branches: list[Rows], routes: Routes, spec: Spec
-) -> tuple[Array, Array]:
-    """(d_key [B, C, H, K], d_value [B, C, H, V]); branches as `forward` gives them."""
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], deltas: list[Array],
+    routes: Routes, spec: Spec,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(d_key [B, C, H, K], d_value [B, C, H, V]); branches and deltas as in `backward_query`."""
     from nsa_jax.kernels import selected as kernels
 
     choice = routes.choice
@@ -259,8 +258,9 @@ def backward_key_value(
         ]
 
     singles = walks(choice, 1, spec.block_size, spec.window_size)
+    rows = [(branch.lse, delta, branch.weight) for branch, delta in zip(branches, deltas, strict=True)]
     d_key, d_value = launch.fold_vmap(run)(
-        query, key, value, d_output, *branches[0], *branches[-1], choice.place, *singles, *choice.blocks
+        query, key, value, d_output, *rows[0], *rows[-1], choice.place, *singles, *choice.blocks
     )
     return d_key, d_value
 
@@ -296,9 +296,9 @@ def _attend_forward(spec, query, key, value, routes):
 def _attend_backward(spec, residuals, cotangents):
     query, key, value, routes, output, lse = residuals
     d_output, d_lse = cotangents
-    rows = Rows(lse, ungated_delta(d_output, d_lse, output, lse), jnp.ones_like(lse))
-    arguments = (query, key, value, d_output, [rows], routes, spec)
-    return backward_query(*arguments), *backward_key_value(*arguments), None
+    branches = [Branch(output, lse, jnp.ones_like(lse), d_lse)]
+    d_query, deltas = backward_query(query, key, value, d_output, branches, routes, spec)
+    return d_query, *backward_key_value(query, key, value, d_output, branches, deltas, routes, spec), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -47,7 +47,7 @@ _INTERVAL_SMALLER = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1),
 _INTERVAL_FORWARD = (Tile(128, 64, 4, 2), *_INTERVAL_SMALLER)
 _INTERVAL_FORWARD_WIDE = (Tile(128, 64, 8, 2), *_INTERVAL_SMALLER[1:])
 _INTERVAL_BACKWARD_QUERY = (Tile(128, 32, 8, 3), *_INTERVAL_SMALLER)
-_INTERVAL_BACKWARD_KEY_VALUE = (Tile(64, 128, 8, 3), *_INTERVAL_SMALLER)
+_INTERVAL_BACKWARD_KEY_VALUE = (Tile(64, 128, 8, 4), Tile(64, 128, 8, 3), *_INTERVAL_SMALLER)
 _INTERVAL_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 64, 8, 2), *_INTERVAL_SMALLER[1:])
 # exact float32 products are no tensor-core products: a thread's share of a larger tile does not fit its registers
 _INTERVAL_FLOAT32 = (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1))
@@ -114,19 +114,38 @@ def walk_units(entries: int) -> int:
 
 
 # for G = 16: four tokens to a tile
-_SELECTED_WALK = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 1))
+_SELECTED_BACKWARD_QUERY = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 1))
+_SELECTED_FORWARD = (Tile(64, 64, 4, 3), *_SELECTED_BACKWARD_QUERY)
 _SELECTED_BACKWARD_KEY_VALUE = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 _SELECTED_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 
 
-def selected_walk(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
-    """Tile of kernels/selected.py forward and backward_query; columns: key plus value columns."""
+def selected_tokens(group: int) -> int:
+    """Tokens that walk their blocks together in kernels/selected.py."""
+    return max(1, min(16, _selected_rows(group) // group))
+
+
+def _selected_rows(group: int) -> int:
     # as many tokens as the table has at G = 16
-    rows = max(power_of_two(group), min(128, max(16, 4 * power_of_two(group))))
+    return max(power_of_two(group), min(128, max(16, 4 * power_of_two(group))))
+
+
+def selected_forward(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    """Tile of kernels/selected.py forward; columns: key plus value columns."""
+    return _selected_walk(_SELECTED_FORWARD, capability, columns, itemsize, group, block_size)
+
+
+def selected_backward_query(capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    """Tile of kernels/selected.py backward_query; columns: key plus value columns."""
+    return _selected_walk(_SELECTED_BACKWARD_QUERY, capability, columns, itemsize, group, block_size)
+
+
+def _selected_walk(tiles, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    rows = _selected_rows(group)
     if capability == INTERPRETER:
         return Tile(rows, min(block_size, 32), 4, 1)
     warps = min(8, rows // 16 * max(1, power_of_two(columns) // 256))
-    tiles = tuple(t._replace(rows=rows, warps=warps) for t in _SELECTED_WALK if t.keys <= block_size)
+    tiles = tuple(t._replace(rows=rows, warps=warps) for t in tiles if t.keys <= block_size)
     return _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
@@ -160,7 +179,7 @@ class SelectionTile(NamedTuple):
 _SELECTION = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1))
 _SELECTION_BLOCKS = 256  # in a chunk
 _SELECTION_OVERLAPPING = (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), *_SELECTION)  # where a block is several strides
-_SELECTION_OVERLAPPING_BLOCKS = 128
+_SELECTION_OVERLAPPING_BLOCKS = 64
 _SELECTION_SCRATCH = 16 * 1024  # bytes that layout changes take
 
 
