@@ -125,7 +125,7 @@ def backward_query(
     row_delta = score_shift(o, do, row_d_lse, row_lse, V_PARTS)
     tl.store(delta + base + offset, row_delta, mask=inside)
     row_lse *= LOG2E
-    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0).to(tl.float32) * SCALE
+    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0) * SCALE
 
     first = tl.min(tl.where(end > begin, begin, C), 0) // KEYS
     last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), KEYS)
@@ -168,7 +168,7 @@ def _key_gradients(
         do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + base + offset, mask=inside, other=0.0)
-    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0).to(tl.float32)
+    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0)
     p = tl.exp2(inner(k, q, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[None, :])  # [KEYS, ROWS]
     if MASKED:
         p = tl.where((token[None, :] >= mask_begin[:, None]) & (token[None, :] < mask_end[:, None]), p, 0.0)

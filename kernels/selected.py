@@ -33,7 +33,10 @@ def _tile_rows(
 
 @triton.jit
 def _step(i, steps, begins, members, SHARES: tl.constexpr, KEYS: tl.constexpr):
-    """Step i of a walk, a block being SHARES steps of KEYS keys: the first key, and who wants the block."""
+    """Step i of a walk, a block being SHARES steps of KEYS keys: the first key, and who wants the block.
+
+    Where AHEAD, loops take it at the end of the step before: no copy of keys then waits for where they begin.
+    """
     inside = i < steps
     first = tl.load(begins + i // SHARES, mask=inside, other=0) + i % SHARES * KEYS
     return first, tl.load(members + i // SHARES, mask=inside, other=0)
@@ -63,8 +66,8 @@ def forward(
     query, key, value, place, begins, members, counts, plain_counts, output, lse, sliding_output, sliding_lse,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    KEYS: tl.constexpr, SHARES: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr,
+    V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """output, sliding_output [B, T, N, V]; lse, sliding_lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
     program = tl.program_id(0)
@@ -83,19 +86,23 @@ def forward(
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
-    # known a step ahead, so that no copy of keys waits for where they begin
     first, wanted_by = _step(0, steps, begins, members, SHARES, KEYS)
     for i in range(plain):
+        if not AHEAD:
+            first, wanted_by = _step(i, steps, begins, members, SHARES, KEYS)
         where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, True, K_PARTS, V_PARTS, DESCRIPTORS)
         live = _wanted(wanted_by, local)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
         peak, total, sums = online_step(score, live, v, peak, total, sums, factor, V_PARTS, PRECISION)
-        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
+        if AHEAD:
+            first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
 
     sliding_peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     sliding_total = tl.zeros([ROWS], dtype=tl.float32)
     sliding_sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(plain, steps):
+        if not AHEAD:
+            first, wanted_by = _step(i, steps, begins, members, SHARES, KEYS)
         where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, False, K_PARTS, V_PARTS, DESCRIPTORS)
         live = _wanted(wanted_by, local)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)
@@ -107,7 +114,8 @@ def forward(
             sliding_peak, sliding_total, sliding_sums = online_step(
                 score, live, v, sliding_peak, sliding_total, sliding_sums, factor, V_PARTS, PRECISION
             )
-        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
+        if AHEAD:
+            first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
 
     result, result_lse = finish(peak, total, sums, V_PARTS)
     store_rows(output + base * V, offset * V, result, inside, V, V_PARTS)
@@ -124,8 +132,9 @@ def backward_query(
     place, begins, members, counts, plain_counts, d_query, delta, sliding_delta,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, HAS_D_LSE: tl.constexpr, HAS_BEFORE: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    KEYS: tl.constexpr, SHARES: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr, HAS_D_LSE: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """d_query [B, T, N, K], and delta and sliding_delta float32 [B, T, N], see `score_shift`.
 
@@ -150,27 +159,32 @@ def backward_query(
     row_delta = score_shift(o, do, row_d_lse, row_lse, V_PARTS)
     tl.store(delta + base + offset, row_delta, mask=inside)
     row_lse *= LOG2E
-    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0).to(tl.float32)
+    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0)
     if WINDOW > 0:
         o = load_rows(sliding_output + base * V, offset * V, inside, V, V_PARTS)
         near_lse = tl.load(sliding_lse + base + offset, mask=inside, other=float("inf"))
         near_delta = score_shift(o, do, 0.0, near_lse, V_PARTS)
         tl.store(sliding_delta + base + offset, near_delta, mask=inside)
         near_lse *= LOG2E
-        near_weight = tl.load(sliding_weight + base + offset, mask=inside, other=0.0).to(tl.float32)
+        near_weight = tl.load(sliding_weight + base + offset, mask=inside, other=0.0)
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
     first, wanted_by = _step(0, steps, begins, members, SHARES, KEYS)
     for i in range(plain):
+        if not AHEAD:
+            first, wanted_by = _step(i, steps, begins, members, SHARES, KEYS)
         where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, True, K_PARTS, V_PARTS, DESCRIPTORS)
         # one number per row hides all of it, which costs less than a mask
         subtrahend = tl.where(_wanted(wanted_by, local), row_lse, float("inf"))
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - subtrahend[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
+        if AHEAD:
+            first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
     dq = scaled(dq, row_weight[:, None], K_PARTS)
     for i in range(plain, steps):
+        if not AHEAD:
+            first, wanted_by = _step(i, steps, begins, members, SHARES, KEYS)
         where, k, v = _load_block(first, key, value, row, head, C, H, K, V, KEYS, False, K_PARTS, V_PARTS, DESCRIPTORS)
         exponent = inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E)
         dp = inner(do, v, V_PARTS, PRECISION)
@@ -182,7 +196,8 @@ def backward_query(
             near_ds = tl.exp2(exponent - near_lse[:, None]) * (dp - near_delta[:, None]) * near_weight[:, None]
             ds += tl.where(near, near_ds, 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-        first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
+        if AHEAD:
+            first, wanted_by = _step(i + 1, steps, begins, members, SHARES, KEYS)
     dq = scaled(dq, SCALE, K_PARTS)
     if HAS_BEFORE:
         dq = added(dq, load_rows(before + base * K, offset * K, inside, K, K_PARTS), K_PARTS)
@@ -194,7 +209,7 @@ def _load_statistics(lse, delta, weight, offset, mask):
     """Of the rows at `offset`: the lse in base 2, delta and the weight, float32; a masked row has probability 0."""
     row_lse = tl.load(lse + offset, mask=mask, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + offset, mask=mask, other=0.0)
-    return row_lse, row_delta, tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
+    return row_lse, row_delta, tl.load(weight + offset, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -162,7 +162,7 @@ def _attend_backward(config, residuals, d_output):
     query, key, value, compressed_key, compressed_value = arrays
     specs = _specs(config, gates, query.shape[1])
     branches = [
-        None if gate is None else Branch(output, lse, gate)
+        None if gate is None else Branch(output, lse, gate.astype(jnp.float32))
         for output, lse, gate in zip(outputs, lses, gates, strict=True)
     ]
     deltas, d_query, d_shared, d_compressed = Gates(None, None, None), None, [], (None, None)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from nsa_jax import kernel_cache, tiling
+from nsa_jax import compile_ahead, kernel_cache, tiling
 
 Array = jax.Array
 
@@ -217,8 +217,9 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
     jax_triton = _jax_triton()
     capability = compute_capability()
     traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*_plain(arrays), *outputs))
-    return jax_triton.triton_call(
-        *(jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays),
+    operands = [jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays]
+    call = functools.partial(
+        jax_triton.triton_call,
         kernel=kernel,
         out_type=list(outputs),
         grid=(programs,),
@@ -230,11 +231,16 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
         cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
         **constants,
     )
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+    leaves, tree = jax.tree.flatten(structs)
+    key = kernel, capability, warps, stages, tuple(leaves), tree, tuple(outputs), tuple(sorted(constants.items()))
+    compile_ahead.note(key, lambda: jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)))
+    return call(*operands)
 
 
 @functools.cache
 def _jax_triton():
-    """jax_triton, with compiled kernels kept on disk, and a lowering for CPUs that says why there is none."""
+    """jax_triton, compiling side by side, with compiled kernels on disk, and a word of why there are none for CPUs."""
     import jax_triton
     from jax_triton import triton_lib
 
@@ -245,7 +251,12 @@ def _jax_triton():
             " to run them in Triton's interpreter"
         )
 
+    def lower(ctx, *args, **kwargs):
+        compile_ahead.finish()
+        return triton_lib.triton_kernel_call_lowering(triton_lib.make_cuda_target, ctx, *args, **kwargs)
+
     mlir.register_lowering(triton_lib.triton_kernel_call_p, refuse, platform="cpu")
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
     kernel_cache.install(triton_lib)
     return jax_triton
 

@@ -37,7 +37,7 @@ class Branch(NamedTuple):
     Attributes:
         output: [B, T, N, V], of the forward pass.
         lse: float32 [B, T, N], likewise.
-        weight: [B, T, N]; the cotangent of the output is weight * d_output.
+        weight: float32 [B, T, N], wide enough to be copied ahead; the cotangent of the output is weight * d_output.
         d_lse: float32 [B, T, N], the cotangent of the lse; None for 0.
     """
 

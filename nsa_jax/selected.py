@@ -164,8 +164,8 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=tiles * constants["H"] * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * products,
-            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys, TILES=tiles,
-            **constants,
+            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys,
+            AHEAD=tiling.selected_ahead(launch.capability_of(kernel)), TILES=tiles, **constants,
         )  # fmt: skip
 
     return launch.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks)

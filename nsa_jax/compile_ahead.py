@@ -1,0 +1,52 @@
+"""Compiles kernels side by side: when the first is wanted, all that are known.
+
+JAX lowers the kernels of a program one after another, and each waits there for Triton. What a program will launch is
+known once it is traced, and Triton's compiler leaves the interpreter's lock to other threads.
+"""
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Hashable
+
+_lock = threading.Lock()
+_noted: dict[Hashable, Callable[[], object]] = {}
+_thread = threading.local()
+
+
+def note(key: Hashable, compile_kernel: Callable[[], object]) -> None:
+    """Makes a kernel known.
+
+    Args:
+        key: what the result depends on; of two with the same key one is compiled.
+        compile_kernel: compiles it, leaving the result where its launch will find it.
+    """
+    if not _works():
+        with _lock:
+            _noted[key] = compile_kernel
+
+
+def finish() -> None:
+    """Compiles all that were noted since the last time, and returns when that is done.
+
+    What goes wrong is left to the launch, which meets it again.
+    """
+    if _works():
+        return
+    with _lock:
+        waiting = list(_noted.values())
+        _noted.clear()
+    if len(waiting) < 2:  # the launch itself is as quick
+        return
+    workers = min(len(waiting), os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=_begin_work) as pool:
+        concurrent.futures.wait([pool.submit(compile_kernel) for compile_kernel in waiting])
+
+
+def _begin_work() -> None:
+    _thread.works = True
+
+
+def _works() -> bool:
+    """Whether this thread is one that compiles."""
+    return getattr(_thread, "works", False)

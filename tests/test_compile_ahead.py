@@ -1,0 +1,69 @@
+"""Kernels compiled side by side: each once, together, and an error of one stops no other."""
+
+import threading
+
+import pytest
+
+from nsa_jax import compile_ahead
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted(monkeypatch):
+    monkeypatch.setattr(compile_ahead, "_noted", {})
+    monkeypatch.setattr(compile_ahead.os, "cpu_count", lambda: 4)
+
+
+def test_all_at_once():
+    meeting = threading.Barrier(3, timeout=30)  # broken unless three wait at the same time
+    arrived = []
+
+    def compile_kernel():
+        arrived.append(meeting.wait())
+
+    for key in range(3):
+        compile_ahead.note(key, compile_kernel)
+    compile_ahead.finish()
+    assert sorted(arrived) == [0, 1, 2]
+
+
+def test_once_each():
+    compiled = []
+    for key in ("a", "b", "a"):
+        compile_ahead.note(key, lambda key=key: compiled.append(key))
+    compile_ahead.finish()
+    compile_ahead.finish()
+    assert sorted(compiled) == ["a", "b"]
+
+
+def test_one_alone_is_left_to_its_launch():
+    compiled = []
+    compile_ahead.note("a", lambda: compiled.append("a"))
+    compile_ahead.finish()
+    assert compiled == []
+
+
+def test_errors_are_left_to_the_launch():
+    compiled = []
+
+    def fails():
+        raise RuntimeError("no such register")
+
+    compile_ahead.note("a", fails)
+    compile_ahead.note("b", lambda: compiled.append("b"))
+    compile_ahead.finish()
+    assert compiled == ["b"]
+
+
+def test_compiling_notes_and_awaits_nothing():
+    done = []
+
+    def compile_kernel():
+        compile_ahead.note("inner", lambda: done.append("inner"))
+        compile_ahead.finish()
+        done.append("outer")
+
+    for key in range(2):
+        compile_ahead.note(key, compile_kernel)
+    compile_ahead.finish()
+    compile_ahead.finish()
+    assert done == ["outer", "outer"]
