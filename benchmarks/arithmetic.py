@@ -11,7 +11,6 @@ class Work(NamedTuple):
     forward: int
     backward: int = 0
     dq: int = 0
-    dkv: int = 0
 
     def of(self, direction: str) -> int:
         """Operations of a direction; "both" is forward and backward."""
@@ -21,11 +20,11 @@ class Work(NamedTuple):
 def attention(pairs: int, heads: int, width: int) -> Work:
     """Attention over `pairs` visible pairs of each of `heads` query heads, keys and values `width` wide.
 
-    Forward: scores and output. Backward: scores again, d_probability, dq, dk, dv, each counted once. The passes dq and
-    dkv both do the first two, and are counted with all that each does.
+    Forward: scores and output. Backward: scores again, d_probability, dq, dk, dv, each counted once. The pass dq
+    does three of them.
     """
     product = 2 * pairs * heads * width
-    return Work(forward=2 * product, backward=5 * product, dq=3 * product, dkv=4 * product)
+    return Work(forward=2 * product, backward=5 * product, dq=3 * product)
 
 
 def selection(case: Case) -> Work:

@@ -103,7 +103,7 @@ def _parts(scale: Scale, fla: bool) -> list[Row]:
     window, stride = scale.paper
     paper = dataclasses.replace(base, window=window, stride=stride)
     chosen = {name: dataclasses.replace(base, selection=name) for name in SELECTIONS}
-    backward = ("forward", "backward", "dq", "dkv")
+    backward = ("forward", "backward", "dq")
     planned = [
         ("ceiling-matmul", ("forward",), base),
         ("ceiling-copy", ("forward",), base),

@@ -15,7 +15,7 @@ _TITLES = {
     "long": "Long rows, at a fixed number of tokens",
     "original": "The sweep of the original's benchmark",
 }
-_DIRECTIONS = {"both": "fwd+bwd", "forward": "fwd", "backward": "bwd", "dq": "bwd: dq", "dkv": "bwd: dk, dv"}
+_DIRECTIONS = {"both": "fwd+bwd", "forward": "fwd", "backward": "bwd", "dq": "bwd: dq"}
 _HAVE_DENSE = ("nsa", "nsa-paper", "nsa-given")
 _USE_SELECTION = ("nsa", "nsa-given", "nsa-paper", "selection", "selection-paper", "selected", "fla-selected")
 _LEGEND = (
