@@ -5,7 +5,10 @@ import pathlib
 import shutil
 
 ON_GPU = pathlib.Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-if not ON_GPU:
+if ON_GPU:
+    # several test processes share the GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TRITON_INTERPRET"] = "1"
     # the time goes into compiling for the CPU, not into running there
