@@ -12,7 +12,7 @@ for all its heads and no group size wastes a row. Tiles that every row sees whol
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, exponent_factor, finish, online_step, score_shift, scores
+from .softmax import LOG2E, exponent_factor, finish, load_statistics, online_step, scores
 from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
@@ -108,7 +108,7 @@ def backward_query(
     HAS_BEFORE: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """d_query [B, T, N, K], and delta float32 [B, T, N], see `score_shift`.
+    """d_query [B, T, N, K], and delta float32 [B, T, N], see `load_statistics`.
 
     The cotangent of the output is weight * d_output. d_lse, with HAS_D_LSE, is that of the lse; before, with
     HAS_BEFORE, is a d_query to add to.
@@ -119,12 +119,7 @@ def backward_query(
     end = tl.load(key_end + row * T + token, mask=inside, other=0)
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    o = load_rows(output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf"))
-    row_d_lse = tl.load(d_lse + base + offset, mask=inside, other=0.0) if HAS_D_LSE else 0.0
-    row_delta = score_shift(o, do, row_d_lse, row_lse, V_PARTS)
-    tl.store(delta + base + offset, row_delta, mask=inside)
-    row_lse *= LOG2E
+    row_lse, row_delta = load_statistics(output, do, lse, d_lse, delta, base, offset, inside, V, V_PARTS, HAS_D_LSE)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0) * SCALE
 
     first = tl.min(tl.where(end > begin, begin, C), 0) // KEYS

@@ -14,7 +14,7 @@ blocks. Arguments named sliding_* belong to it; with WINDOW 0 they are placehold
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, exponent_factor, finish, online_step, score_shift, scores
+from .softmax import LOG2E, exponent_factor, finish, load_statistics, online_step, scores
 from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
@@ -136,7 +136,7 @@ def backward_query(
     HAS_BEFORE: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """d_query [B, T, N, K], and delta and sliding_delta float32 [B, T, N], see `score_shift`.
+    """d_query [B, T, N, K], and delta and sliding_delta float32 [B, T, N], see `load_statistics`.
 
     An output has the cotangent weight * d_output. d_lse, with HAS_D_LSE, is the cotangent of the selected branch's lse;
     before, with HAS_BEFORE, is a d_query to add to.
@@ -153,19 +153,12 @@ def backward_query(
     base, offset, inside, local, row_place = _tile_rows(place, row, tile, head, T, H, G, TOKENS, ROWS)
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    o = load_rows(output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf"))
-    row_d_lse = tl.load(d_lse + base + offset, mask=inside, other=0.0) if HAS_D_LSE else 0.0
-    row_delta = score_shift(o, do, row_d_lse, row_lse, V_PARTS)
-    tl.store(delta + base + offset, row_delta, mask=inside)
-    row_lse *= LOG2E
+    row_lse, row_delta = load_statistics(output, do, lse, d_lse, delta, base, offset, inside, V, V_PARTS, HAS_D_LSE)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0)
     if WINDOW > 0:
-        o = load_rows(sliding_output + base * V, offset * V, inside, V, V_PARTS)
-        near_lse = tl.load(sliding_lse + base + offset, mask=inside, other=float("inf"))
-        near_delta = score_shift(o, do, 0.0, near_lse, V_PARTS)
-        tl.store(sliding_delta + base + offset, near_delta, mask=inside)
-        near_lse *= LOG2E
+        near_lse, near_delta = load_statistics(
+            sliding_output, do, sliding_lse, d_lse, sliding_delta, base, offset, inside, V, V_PARTS, False
+        )
         near_weight = tl.load(sliding_weight + base + offset, mask=inside, other=0.0)
 
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
@@ -205,7 +198,7 @@ def backward_query(
 
 
 @triton.jit
-def _load_statistics(lse, delta, weight, offset, mask):
+def _gathered_statistics(lse, delta, weight, offset, mask):
     """Of the rows at `offset`: the lse in base 2, delta and the weight, float32; a masked row has probability 0."""
     row_lse = tl.load(lse + offset, mask=mask, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + offset, mask=mask, other=0.0)
@@ -234,7 +227,7 @@ def _key_gradients(
         offset = offset.to(tl.int64)
     q = load_rows(query, offset * K, real, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output, offset * V, real, V, V_PARTS)  # [ROWS, V]
-    row_lse, row_delta, row_weight = _load_statistics(lse, delta, weight, offset, real)
+    row_lse, row_delta, row_weight = _gathered_statistics(lse, delta, weight, offset, real)
     exponent = inner(k, q, K_PARTS, PRECISION) * (SCALE * LOG2E)  # [KEYS, ROWS]
     p = tl.exp2(exponent - row_lse[None, :])
     if PLAIN:
@@ -249,7 +242,7 @@ def _key_gradients(
         dp = inner(v, do, V_PARTS, PRECISION)
         ds = p * (dp - row_delta[None, :])
         if WINDOW > 0:
-            near_lse, near_delta, near_weight = _load_statistics(
+            near_lse, near_delta, near_weight = _gathered_statistics(
                 sliding_lse, sliding_delta, sliding_weight, offset, real
             )
             near = seen & (where[:, None] > row_place[None, :] - WINDOW)

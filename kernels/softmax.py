@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import accumulate, inner, row_dot, scaled
+from .tiles import accumulate, inner, load_rows, row_dot, scaled
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -51,9 +51,19 @@ def finish(peak, total, sums, V_PARTS: tl.constexpr):
 
 
 @triton.jit
-def score_shift(output, d_output, d_lse, lse, V_PARTS: tl.constexpr):
-    """What the gradients of a row's scores subtract [M], FlashAttention's delta: rowsum(d_output * output) - d_lse.
+def load_statistics(
+    output, do, lse, d_lse, delta, base, offset, inside,
+    V: tl.constexpr, V_PARTS: tl.constexpr, HAS_D_LSE: tl.constexpr,
+):  # fmt: skip
+    """Of the rows at base + offset [M], with the output's cotangent do [M, V]: the lse in base 2, and delta, which is
+    written too. A masked row has probability 0.
 
-    0 for a row that sees nothing, lse -inf: its lse is constant, whatever the cotangent holds.
+    delta is what the gradients of a row's scores subtract, as in FlashAttention: rowsum(do * output) - d_lse. It is 0
+    for a row that sees nothing, lse -inf: its lse is constant, whatever the cotangent holds.
     """
-    return tl.where(lse == float("-inf"), 0.0, row_dot(d_output, output, V_PARTS) - d_lse)
+    o = load_rows(output + base * V, offset * V, inside, V, V_PARTS)  # [M, V]
+    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf"))
+    row_d_lse = tl.load(d_lse + base + offset, mask=inside, other=0.0) if HAS_D_LSE else 0.0
+    row_delta = tl.where(row_lse == float("-inf"), 0.0, row_dot(do, o, V_PARTS) - row_d_lse)
+    tl.store(delta + base + offset, row_delta, mask=inside)
+    return row_lse * LOG2E, row_delta

@@ -40,7 +40,8 @@ def finish() -> None:
         return
     workers = min(len(waiting), os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=_begin_work) as pool:
-        concurrent.futures.wait([pool.submit(compile_kernel) for compile_kernel in waiting])
+        for compile_kernel in waiting:
+            pool.submit(compile_kernel)
 
 
 def _begin_work() -> None:

@@ -182,7 +182,9 @@ def _attend_backward(config, residuals, d_output):
         arguments = (query, key, value, d_output, branches[1:] if _one_pass(config, gates) else branches[1:2])
         d_query, (delta, *near) = selected.backward_query(*arguments, seen.selected, specs[1], d_query)
         d_shared.append(selected.backward_key_value(*arguments, [delta, *near], seen.selected, specs[1]))
-        deltas = deltas._replace(selected=delta, **({"sliding": near[0]} if near else {}))
+        deltas = deltas._replace(selected=delta)
+        if near:
+            deltas = deltas._replace(sliding=near[0])
 
     d_key, d_value = (_sum([pair[i] for pair in d_shared], like) for i, like in enumerate((key, value)))
     d_gates = jax.tree.map(lambda delta, gate: delta.astype(gate.dtype), deltas, gates)

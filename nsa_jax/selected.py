@@ -124,12 +124,6 @@ def _wanted(choice: Choice) -> int:
     return choice.selected.shape[3] + choice.touched.shape[2]
 
 
-def _tile(pick, kernel, constants: dict, spec: Spec, dtype) -> tuple[tiling.Tile, int]:
-    """The tile that `pick` of tiling.py has for a kernel that goes from the queries' side, and the tokens in it."""
-    tile = pick(launch.capability_of(kernel), _columns(constants), dtype.itemsize, constants["G"], spec.block_size)
-    return tile, tiling.selected_tokens(constants["G"])
-
-
 def route(query: Array, value: Array, choice: Choice, spec: Spec) -> Routes:
     """The Routes of a choice."""
     if _wanted(choice) == 0:
@@ -153,8 +147,9 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
     """
     query, _, value = arrays[:3]
     constants |= _constants(query, value, spec)
-    S = _wanted(routes.choice)
-    tile, tokens = _tile(pick, kernel, constants, spec, query.dtype)
+    S, G, capability = _wanted(routes.choice), constants["G"], launch.capability_of(kernel)
+    tile = pick(capability, _columns(constants), query.dtype.itemsize, G, spec.block_size)
+    tokens = tiling.selected_tokens(G)
 
     def run(query, key, value, *arrays):
         B, T, N, _ = query.shape
@@ -165,7 +160,7 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
             programs=tiles * constants["H"] * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * products,
             S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys,
-            AHEAD=tiling.selected_ahead(launch.capability_of(kernel)), TILES=tiles, **constants,
+            AHEAD=tiling.selected_ahead(capability), TILES=tiles, **constants,
         )  # fmt: skip
 
     return launch.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks)
