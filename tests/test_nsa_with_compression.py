@@ -294,6 +294,7 @@ def test_parallel_varlen_of_full_size(T, D, window_size):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements():
     B, T, N, H, D, last = 2, 66000, 64, 4, 256, 400
     assert B * T * N * D > 2**31
