@@ -117,7 +117,9 @@ def _run(asked: argparse.Namespace, command: list[str]) -> int:
     finally:
         session.close()
         session.drop_empty_log()
-    _report(results, planned, asked.sweep, folder, console)
+    # rows of other libraries that an earlier run has measured stay in the table, even if this one can't measure them
+    known = [row for row in rows(scale, asked.sweep, asked.only, True) if row in planned or row.key in results.rows]
+    _report(results, known, asked.sweep, folder, console)
     if interrupted:
         return 130
     measured = [results.rows[row.key] for row in planned if row.key in results.rows]

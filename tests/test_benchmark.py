@@ -56,11 +56,15 @@ def test_smoke_run_writes_table_json_and_plots_and_resumes(tmp_path):
     table = (tmp_path / "table.txt").read_text()
     assert "nsa-paper" in table and "overlap 0." in table and "first process" in table
 
+    peer = f"fla-selected/forward/{SHAPE}/random"  # as if a run with flash-linear-attention had been here before
+    content["rows"][peer] = {**content["rows"][f"selected/forward/{SHAPE}/realistic"], "ms": 123.0, "chained_ms": None}
+    (tmp_path / "results.json").write_text(json.dumps(content))
     again = run("--device", "cpu", "--sweep", "parts", "--only", f"*/both/{SHAPE}/topk", f"sliding/[bd]*/{SHAPE}/*",
-                "--out", tmp_path)  # fmt: skip
+                "fla-*", "--out", tmp_path)  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert " ms\n" not in again.stderr  # nothing was measured again
     assert saved(tmp_path)["rows"] == content["rows"] and len(saved(tmp_path)["runs"]) == 2
+    assert "fla-selected" in (tmp_path / "table.txt").read_text()
 
     other = run("--device", "cpu", "--overlap", "0.6", "--out", tmp_path)
     assert other.returncode == 2 and "measured with overlap 0.41, now it is 0.6" in other.stderr
