@@ -117,9 +117,8 @@ def _run(asked: argparse.Namespace, command: list[str]) -> int:
     finally:
         session.close()
         session.drop_empty_log()
-    # rows of other libraries that an earlier run has measured stay in the table, even if this one can't measure them
-    known = [row for row in rows(scale, asked.sweep, asked.only, True) if row in planned or row.key in results.rows]
-    _report(results, known, asked.sweep, folder, console)
+    # rows of another library that an earlier run measured are shown even if this one can't measure them
+    _report(results, rows(scale, asked.sweep, asked.only, fla=True), asked.sweep, folder, console)
     if interrupted:
         return 130
     measured = [results.rows[row.key] for row in planned if row.key in results.rows]
@@ -174,17 +173,17 @@ def _measure(session: Session, planned: list[Row], implementation: str, results:
     return False
 
 
-def _report(results: Results, planned: list[Row], sweeps: Sequence[str], folder: Path, console) -> None:
+def _report(results: Results, known: list[Row], sweeps: Sequence[str], folder: Path, console) -> None:
     from plots import save_plots
     from report import print_report
     from rich.console import Console
 
     screen = Console(highlight=False)
     screen.width = max(screen.width, _TABLE_WIDTH)
-    print_report(screen, results, planned, sweeps)
+    print_report(screen, results, known, sweeps)
     with (folder / "table.txt").open("w") as file:
-        print_report(Console(file=file, width=_TABLE_WIDTH, highlight=False), results, planned, sweeps)
-    written = save_plots(folder, results, planned)
+        print_report(Console(file=file, width=_TABLE_WIDTH, highlight=False), results, known, sweeps)
+    written = save_plots(folder, results, known)
     console.print(f"{folder}: results.json, table.txt{''.join(f', {path.name}' for path in written)}", soft_wrap=True)
 
 
