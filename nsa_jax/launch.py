@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from nsa_jax import compile_ahead, kernel_cache, tiling
+from nsa_jax import compile_ahead, gluon, kernel_cache, tiling
 
 Array = jax.Array
 
@@ -55,6 +55,12 @@ def compute_capability() -> int:
     if not asked.isdigit() or int(asked) < 80:
         raise ValueError(f"NSA_JAX_COMPUTE_CAPABILITY: expected a number such as 80 or 90, got {asked!r}")
     return int(asked)
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of the GPU; those of an H100 where no GPU is present."""
+    cores = getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
+    return cores or 132
 
 
 def capability_of(kernel) -> int:
@@ -129,10 +135,18 @@ def fold_vmap(function: Callable) -> Callable:
 
 
 class Tiled(NamedTuple):
-    """An array that a kernel reads through a tensor descriptor, in blocks of this shape."""
+    """An array that a kernel reads through a tensor descriptor, in blocks of this shape.
+
+    Attributes:
+        array: any array.
+        block_shape: sides of a block, one per axis.
+        swizzled: whether the kernel is written in Gluon, where a descriptor tells how blocks lie in shared memory: as
+            products want them, rows of at least 128 bytes in a swizzle of 128.
+    """
 
     array: Array
     block_shape: tuple[int, ...]
+    swizzled: bool = False
 
 
 def key_tiles(kernel, keys: int, *arrays: Array) -> tuple[Array | Tiled, ...]:
@@ -217,7 +231,7 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
     jax_triton = _jax_triton()
     capability = compute_capability()
     traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*_plain(arrays), *outputs))
-    operands = [jax_triton.TensorDescriptor.from_array(*x) if isinstance(x, Tiled) else x for x in arrays]
+    operands = [_descriptor(x) if isinstance(x, Tiled) else x for x in arrays]
     call = functools.partial(
         jax_triton.triton_call,
         kernel=kernel,
@@ -238,9 +252,18 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
     return call(*operands)
 
 
+def _descriptor(tiled: Tiled):
+    layout = None
+    if tiled.swizzled:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+
+        layout = NVMMASharedLayout(128, 8 * tiled.array.dtype.itemsize, len(tiled.block_shape))
+    return _jax_triton().TensorDescriptor.from_array(tiled.array, tiled.block_shape, layout)
+
+
 @functools.cache
 def _jax_triton():
-    """jax_triton, compiling side by side, with compiled kernels on disk, and a word of why there are none for CPUs."""
+    """jax_triton that knows Gluon, compiles side by side, keeps kernels on disk, and says why CPUs have none."""
     import jax_triton
     from jax_triton import triton_lib
 
@@ -257,6 +280,7 @@ def _jax_triton():
 
     mlir.register_lowering(triton_lib.triton_kernel_call_p, refuse, platform="cpu")
     mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
+    gluon.install(triton_lib)
     kernel_cache.install(triton_lib)
     return jax_triton
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import checks, launch, reference, segments, tiling
+from nsa_jax import checks, launch, reference, segments, selected_hopper, tiling
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
 from nsa_jax.segments import Blocks
@@ -128,8 +128,13 @@ def route(query: Array, value: Array, choice: Choice, spec: Spec) -> Routes:
     """The Routes of a choice."""
     if _wanted(choice) == 0:
         return Routes(choice, None)
-    tokens = tiling.selected_tokens(query.shape[2] // value.shape[2])
+    tile = _hopper_tile(query, value, spec)
+    tokens = tile.tokens if tile else tiling.selected_tokens(query.shape[2] // value.shape[2])
     return Routes(choice, walks(choice, tokens, spec.block_size, spec.window_size))
+
+
+def _hopper_tile(query: Array, value: Array, spec: Spec) -> tiling.HopperTile | None:
+    return selected_hopper.tile_for(query, value, spec.block_size, spec.scale, spec.window_size)
 
 
 def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, **constants) -> list[Array]:
@@ -172,6 +177,9 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
 
     if _wanted(routes.choice) == 0:
         return [nothing_seen(query, value)]
+    if tile := _hopper_tile(query, value, spec):
+        walk = routes.choice.place, routes.walks, tile, spec.block_size, spec.scale
+        return [selected_hopper.forward(query, key, value, *walk)]
     (_, T, N, K), V = query.shape, value.shape[3]
     branch = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
@@ -192,6 +200,10 @@ def backward_query(
 
     if _wanted(routes.choice) == 0:
         return untouched(query, before), [jnp.zeros_like(branch.lse) for branch in branches]
+    if tile := _hopper_tile(query, value, spec):
+        walk = routes.choice.place, routes.walks, tile, spec.block_size, spec.scale
+        d_query, delta = selected_hopper.backward_query(query, key, value, d_output, branches[0], *walk, before)
+        return d_query, [delta]
     (_, T, N, K), V = query.shape, value.shape[3]
     delta = jax.ShapeDtypeStruct((T, N), jnp.float32)
     second = delta if spec.window_size else jax.ShapeDtypeStruct((1, 1), jnp.float32)

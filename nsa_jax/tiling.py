@@ -160,6 +160,44 @@ def _selected_walk(tiles, capability: int, columns: int, itemsize: int, group: i
     return _fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
 
 
+class HopperTile(NamedTuple):
+    """tokens: of a unit; keys: of a slot of the ring, of which there are `stages`."""
+
+    tokens: int
+    keys: int
+    stages: int
+
+
+_HOPPER_ROWS = 128  # (token, head) pairs of a unit
+_HOPPER_BARRIERS = 1024  # bytes of shared memory beside the ring
+_HOPPER_STAGES = 12
+
+
+def selected_hopper(
+    capability: int, widths: Sequence[int], itemsize: int, group: int, block_size: int
+) -> HopperTile | None:
+    """Tile of kernels/selected_hopper.py; None where it is not for this architecture or shape.
+
+    Args:
+        capability: of the architecture.
+        widths: of keys and of values.
+        itemsize: bytes of an element.
+        group: query heads of a key head.
+        block_size: keys of a block.
+    """
+    fits = all(width in (64, 128) for width in widths) and group in (8, 16, 32, 64, 128) and block_size >= 32
+    if capability != 90 or itemsize != 2 or not fits:
+        return None
+    keys = min(block_size, 64)
+    room = 1024 * SHARED_MEMORY[capability] - _HOPPER_BARRIERS
+    return HopperTile(_HOPPER_ROWS // group, keys, min(_HOPPER_STAGES, room // (itemsize * keys * sum(widths))))
+
+
+def hopper_together(group: int) -> int:
+    """Tokens of a warpgroup that must want a block for it to be multiplied as one: three quarters of the 64 rows."""
+    return -(-48 // group)
+
+
 def selected_backward_key_value(capability: int, columns: int, itemsize: int, block_size: int) -> Tile:
     """Tile of kernels/selected.py backward_key_value; columns: key plus value columns."""
     if capability == INTERPRETER:

@@ -125,12 +125,20 @@ def compiled(folder: pathlib.Path) -> list[dict]:
     for info in folder.glob("*/*.compile_info"):
         name, shared = re.fullmatch(r"(\w+): shared_mem_bytes: (\d+)\s*", info.read_text()).groups()
         ptx = info.with_suffix(".ptx")
-        target = re.search(r"^\.target (sm_(\d+)\w*)", ptx.read_text(), re.MULTILINE)
+        code = ptx.read_text()
+        target = re.search(r"^\.target (sm_(\d+)\w*)", code, re.MULTILINE)
         ptxas = get_ptxas(int(target[2])).path
         command = [ptxas, "-O1", f"--gpu-name={target[1]}", str(ptx), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         facts.append(
-            {"name": name, "shared": int(shared), "target": target[1], "error": done.stderr if done.returncode else ""}
+            {
+                "name": name,
+                "shared": int(shared),
+                "target": target[1],
+                "error": done.stderr if done.returncode else "",
+                "threads": int(re.search(r"\.reqntid (\d+)", code)[1]),
+                "barriers": len(re.findall(r"\bbar\.sync", code)),
+            }
         )
     return facts
 

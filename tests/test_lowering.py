@@ -22,6 +22,7 @@ def script(*arguments, **environment):
         [sys.executable, *arguments], cwd=FOLDER, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "leaked" not in done.stderr  # a word of nanobind's on Gluon's compiler
     return done.stdout
 
 
@@ -49,6 +50,12 @@ def test_forward_and_backward_compile(capability, names):
         assert not kernel["error"], kernel
         assert kernel["target"].removesuffix("a") == f"sm_{capability}"
         assert kernel["shared"] <= 1024 * SHARED_MEMORY[capability], kernel
+    # kernels/selected_hopper.py, and only there: beyond eight warps; these may part once the ring is set up
+    specialised = [kernel for kernel in facts["compiled"] if kernel["threads"] > 256]
+    assert {kernel["name"] for kernel in specialised} == (
+        {"forward", "backward_query"} if capability == 90 and names == ["native_sparse_attention"] else set()
+    )
+    assert all(kernel["barriers"] == 1 for kernel in specialised)
 
 
 def test_transformations():

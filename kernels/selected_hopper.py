@@ -1,0 +1,400 @@
+"""Attention to chosen blocks of keys on Hopper (sm_90): the passes of selected.py from the query's side, in Gluon.
+
+A unit is TOKENS tokens x G heads, 128 rows, and the walk of its tokens (walk.py). One warp copies the walk's blocks
+into a ring of STAGES slots, as far ahead as the ring allows. Eight warps with 16 rows each take every block as it
+comes, and pass over those that their tokens do not want. A block that few want is multiplied by each warp that wants
+it, for itself (`mma_v2`, 16 rows: nothing wasted, but each warp reads the keys anew); one that at least TOGETHER tokens
+of a warpgroup want, by its four warps together (`warpgroup_mma`, 64 rows).
+
+So the eight warps, one partition to Gluon, branch each on its own, on scalars that differ by warp (`_warp`). That is
+sound while nothing in there makes warps wait for others, no `bar.sync` in the PTX, which tests/test_lowering.py counts:
+products are waited for at once or by `_finished`, mbarriers waited for and arrived at in assembly, and no layout change
+goes through shared memory (`assert_trivial`).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+WARPS = gl.constexpr(8)
+ROWS = gl.constexpr(128)
+HALF = gl.constexpr(32)  # keys that a warpgroup multiplies at once
+
+
+@gluon.jit
+def _warp():
+    """The index of this warp: a scalar that differs by warp."""
+    return gl.inline_asm(
+        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;", "=r", [], gl.int32
+    )
+
+
+@gluon.jit
+def _wait(barrier, phase):
+    """Waits, each thread for itself, until the barrier has completed the phase of that parity."""
+    gl.inline_asm(
+        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra AGAIN; }",
+        "r,r,~{memory}",
+        [barrier, phase],
+    )
+
+
+@gluon.jit
+def _arrive(barrier):
+    """Arrives once for this warp, when all its threads are here."""
+    gl.inline_asm(
+        "{ .reg .pred first; .reg .u32 lane; bar.warp.sync 0xffffffff; mov.u32 lane, %laneid;"
+        " setp.eq.u32 first, lane, 0; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+        "r,~{memory}",
+        [barrier],
+    )
+
+
+@gluon.jit
+def _set_bits(x):
+    return gl.inline_asm("popc.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=True)
+
+
+@gluon.constexpr_function
+def _tied(count):
+    """Constraints of an instruction that gives back `count` floats as it gets them."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)])
+
+
+@builtin
+def _result(product, _semantic=None):
+    return gl.tensor(product.handle, product.type.tensor_type)
+
+
+@gluon.jit
+def _finished(product, PENDING: gl.constexpr):
+    """The tensor of an asynchronous product, when of all of them only the last PENDING may still run.
+
+    `warpgroup_mma_wait` would have the two warpgroups wait for each other.
+    """
+    tensor = _result(product)
+    count: gl.constexpr = tensor.numel // (32 * WARPS)
+    asm: gl.constexpr = "wgmma.wait_group.sync.aligned 1;" if PENDING == 1 else "wgmma.wait_group.sync.aligned 0;"
+    return gl.inline_asm(asm, _tied(count), [tensor], tensor.type)
+
+
+@gluon.jit
+def _mine(wanted_by, warp, WARP_ROWS: gl.constexpr, G: gl.constexpr):
+    """The bits of the tokens that the WARP_ROWS rows around this warp's belong to."""
+    tokens: gl.constexpr = max(1, WARP_ROWS // G)
+    first = warp * 16 // WARP_ROWS * WARP_ROWS // G
+    return (wanted_by >> first) & ((1 << tokens) - 1)
+
+
+@gluon.jit
+def _place_rows(
+    unit, layout: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, TOKENS: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """Where a unit's first row stands in [B, T, N], its first token in [B, T], the rows' offsets, reality, token."""
+    tile = unit % TILES
+    head = unit // TILES % H
+    token = (unit // (TILES * H)).to(gl.int64) * T + tile * TOKENS
+    slot = gl.arange(0, ROWS, layout=layout)
+    local = slot // G
+    return (token * H + head) * G, token, local * (H * G) + slot % G, tile * TOKENS + local < T, local
+
+
+@gluon.jit
+def _load_rows(source, base, offset, inside, D: gl.constexpr, layout: gl.constexpr):
+    """[ROWS, D] in a layout; rows that are not real read as zero."""
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    return gl.load(source + base * D + (offset[:, None] * D + column[None, :]), mask=inside[:, None], other=0.0)
+
+
+@gluon.jit
+def _store_rows(target, base, offset, rows, inside, D: gl.constexpr, layout: gl.constexpr):
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    value = rows.to(target.dtype.element_ty)
+    gl.store(target + base * D + (offset[:, None] * D + column[None, :]), value, mask=inside[:, None])
+
+
+@gluon.jit
+def _step(i, steps, begins, members, SHARES: gl.constexpr, KEYS: gl.constexpr):
+    """Step i of a walk, or its last: the first key, and who wants the block."""
+    i = gl.maximum(gl.minimum(i, steps - 1), 0)
+    return gl.load(begins + i // SHARES) + i % SHARES * KEYS, gl.load(members + i // SHARES)
+
+
+@gluon.jit
+def _hide(score, first, row_place, layout: gl.constexpr, KEYS: gl.constexpr):
+    """score [ROWS, KEYS], -inf at keys behind the row's place."""
+    where = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    return gl.where(where[None, :] <= row_place[:, None], score, float("-inf"))
+
+
+@gluon.jit
+def _rows(slot, KEYS: gl.constexpr, D: gl.constexpr):
+    """A slot of the ring as [KEYS, D]."""
+    return slot.reinterpret(slot.dtype, [KEYS, D], gl.NVMMASharedLayout(128, 16, 2))
+
+
+@gluon.jit
+def _columns(slot, KEYS: gl.constexpr, D: gl.constexpr):
+    """A slot of the ring as [D, KEYS]."""
+    return slot.reinterpret(slot.dtype, [D, KEYS], gl.NVMMASharedLayout(128, 16, 2, transposed=True))
+
+
+@gluon.jit
+def _copy_blocks(
+    key, value, begins, members, counts, keys, values, full, empty,
+    C: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr,
+    SHARES: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fills slot after slot of the ring with the blocks of the program's units."""
+    n = 0
+    for unit in range(gl.program_id(0), UNITS, PROGRAMS):
+        head = unit // TILES % H
+        row = unit // (TILES * H)
+        walk = unit.to(gl.int64) * WALK
+        steps = gl.load(counts + unit) * SHARES
+        first, _ = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
+        for i in range(steps):
+            slot = n % STAGES
+            ahead, _ = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
+            mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), 2 * KEYS * (K + V))
+            tma.async_load(key, [row, first, head * K], full.index(slot), keys.index(slot))
+            tma.async_load(value, [row, first, head * V], full.index(slot), values.index(slot))
+            first = ahead
+            n += 1
+
+
+@gluon.jit
+def _online_step(score, peak, total, sums, live, FACTOR: gl.constexpr):
+    """Takes in score [ROWS, KEYS] for the rows that are live: probabilities, peak, total and the rescaled sums."""
+    new_peak = gl.where(live, gl.maximum(peak, gl.max(score, 1) * FACTOR), peak)
+    seen = new_peak > float("-inf")
+    shrink = gl.exp2(peak - gl.where(seen, new_peak, 0.0))
+    # one number per row hides all of it, which costs less than a mask
+    subtrahend = gl.where(live & seen, new_peak, float("inf"))
+    p = gl.exp2(score * FACTOR - subtrahend[:, None])
+    return p, new_peak, total * shrink + gl.sum(p, 1), sums * shrink[:, None]
+
+
+@gluon.jit
+def _attend(
+    query, place, begins, members, counts, plain_counts, output, lse, keys, values, full, empty,
+    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr, SCALE: gl.constexpr,
+    TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr, TOGETHER: gl.constexpr,
+    TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The forward pass of the eight warps."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    group_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
+    group_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, V, 16])
+    FACTOR: gl.constexpr = SCALE * LOG2E
+    dtype: gl.constexpr = query.dtype.element_ty
+    warp = _warp()
+    n = 0
+    for unit in range(gl.program_id(0), UNITS, PROGRAMS):
+        walk = unit.to(gl.int64) * WALK
+        steps = gl.load(counts + unit) * SHARES
+        plain = gl.load(plain_counts + unit) * SHARES
+        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, left), T, H, G, TOKENS, TILES)
+        q = _load_rows(query, base, offset, inside, K, left)
+        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, mma), T, H, G, TOKENS, TILES)
+        row_place = gl.load(place + token + local, mask=inside, other=-1)
+        peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, mma))
+        total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, mma))
+        sums = gl.full([ROWS, V], 0.0, gl.float32, mma)
+        first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
+        for i in range(steps):
+            slot = n % STAGES
+            first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
+            mine = _mine(wanted_by, warp, 16, G)
+            live = ((wanted_by >> local) & 1 == 1) if G < 16 else mine != 0
+            _wait(full.index(slot), (n // STAGES) & 1)
+            k_columns = _columns(keys.index(slot), KEYS, K)
+            v = _rows(values.index(slot), KEYS, V)
+            if _set_bits(_mine(wanted_by, warp, 64, G)) >= TOGETHER:
+                a = gl.convert_layout(q, gl.DotOperandLayout(0, group_k, 2), assert_trivial=True)
+                nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, group_k)
+                score = gl.convert_layout(warpgroup_mma(a, k_columns, nothing, use_acc=False), mma, assert_trivial=True)
+                if i >= plain:
+                    score = _hide(score, first, row_place, mma, KEYS)
+                p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
+                a = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, group_v, 2), assert_trivial=True)
+                sums = warpgroup_mma(a, v, gl.convert_layout(sums, group_v, assert_trivial=True))
+                sums = gl.convert_layout(sums, mma, assert_trivial=True)
+            elif mine != 0:
+                score = mma_v2(q, k_columns.load(right), gl.full([ROWS, KEYS], 0.0, gl.float32, mma))
+                if i >= plain:
+                    score = _hide(score, first, row_place, mma, KEYS)
+                p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
+                sums = mma_v2(gl.convert_layout(p.to(dtype), left, assert_trivial=True), v.load(right), sums)
+            _arrive(empty.index(slot))
+            first, wanted_by = first_ahead, wanted_ahead
+            n += 1
+        seen = total > 0.0
+        total = gl.where(seen, total, 1.0)
+        _store_rows(output, base, offset, sums * (1.0 / total)[:, None], inside, V, mma)
+        gl.store(lse + base + offset, gl.where(seen, (peak + gl.log2(total)) * LN2, float("-inf")), mask=inside)
+
+
+@gluon.jit
+def _ring(key, value, KEYS: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr):
+    """Slots for keys and values, and a barrier for "filled" and one for "free" per slot."""
+    keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, K], key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, KEYS, V], value.layout)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=WARPS)
+    fence_async_shared()
+    gl.barrier()
+    return keys, values, full, empty
+
+
+@gluon.jit
+def forward(
+    query, key, value, place, begins, members, counts, plain_counts, output, lse,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    SCALE: gl.constexpr, TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
+    TOGETHER: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS."""
+    keys, values, full, empty = _ring(key, value, KEYS, K, V, STAGES)
+    gl.warp_specialize(
+        [
+            (_attend, (
+                query, place, begins, members, counts, plain_counts, output, lse, keys, values, full, empty,
+                T, H, G, K, V, SCALE, TOKENS, WALK, KEYS, SHARES, TOGETHER, TILES, UNITS, PROGRAMS, STAGES,
+            )),
+            (_copy_blocks, (
+                key, value, begins, members, counts, keys, values, full, empty,
+                C, H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
+            )),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _differentiate(
+    query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, plain_counts, d_query, delta,
+    keys, values, full, empty,
+    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr, SCALE: gl.constexpr,
+    TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr, TOGETHER: gl.constexpr,
+    TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, HAS_D_LSE: gl.constexpr,
+    HAS_BEFORE: gl.constexpr,
+):  # fmt: skip
+    """The query pass of the eight warps."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    HALVES: gl.constexpr = KEYS // HALF
+    group_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
+    group_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, K, 16])
+    PART: gl.constexpr = 16
+    dtype: gl.constexpr = query.dtype.element_ty
+    warp = _warp()
+    n = 0
+    for unit in range(gl.program_id(0), UNITS, PROGRAMS):
+        walk = unit.to(gl.int64) * WALK
+        steps = gl.load(counts + unit) * SHARES
+        plain = gl.load(plain_counts + unit) * SHARES
+        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, left), T, H, G, TOKENS, TILES)
+        q = _load_rows(query, base, offset, inside, K, left)
+        do = _load_rows(d_output, base, offset, inside, V, left)
+        o = _load_rows(output, base, offset, inside, V, left)
+        row_delta = gl.sum(do.to(gl.float32) * o.to(gl.float32), 1)
+        row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, mma), assert_trivial=True)
+        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, mma), T, H, G, TOKENS, TILES)
+        row_lse = gl.load(lse + base + offset, mask=inside, other=float("inf"))
+        if HAS_D_LSE:
+            row_delta -= gl.load(d_lse + base + offset, mask=inside, other=0.0)
+        row_delta = gl.where(row_lse == float("-inf"), 0.0, row_delta)
+        gl.store(delta + base + offset, row_delta, mask=inside)
+        row_lse *= LOG2E
+        row_place = gl.load(place + token + local, mask=inside, other=-1)
+        dq = gl.full([ROWS, K], 0.0, gl.float32, mma)
+        first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
+        for i in range(steps):
+            slot = n % STAGES
+            first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
+            mine = _mine(wanted_by, warp, 16, G)
+            live = ((wanted_by >> local) & 1 == 1) if G < 16 else mine != 0
+            # one number per row hides all of it, which costs less than a mask
+            subtrahend = gl.where(live, row_lse, float("inf"))
+            _wait(full.index(slot), (n // STAGES) & 1)
+            k = _rows(keys.index(slot), KEYS, K)
+            k_columns = _columns(keys.index(slot), KEYS, K)
+            v_columns = _columns(values.index(slot), KEYS, V)
+            if _set_bits(_mine(wanted_by, warp, 64, G)) >= TOGETHER:
+                nothing = gl.full([ROWS, HALF], 0.0, gl.float32, group_s)
+                q_side = gl.convert_layout(q, gl.DotOperandLayout(0, group_s, 2), assert_trivial=True)
+                do_side = gl.convert_layout(do, gl.DotOperandLayout(0, group_s, 2), assert_trivial=True)
+                dq = gl.convert_layout(dq, group_k, assert_trivial=True)
+                for j in gl.static_range(HALVES):
+                    k_half = k_columns.slice(j * HALF, HALF, dim=1)
+                    v_half = v_columns.slice(j * HALF, HALF, dim=1)
+                    score = warpgroup_mma(q_side, k_half, nothing, use_acc=False, is_async=True)
+                    dp = warpgroup_mma(do_side, v_half, nothing, use_acc=False, is_async=True)
+                    score = gl.convert_layout(_finished(score, 1), mma, assert_trivial=True) * (SCALE * LOG2E)
+                    if i >= plain:
+                        score = _hide(score, first + j * HALF, row_place, mma, HALF)
+                    p = gl.exp2(score - subtrahend[:, None])
+                    ds = p * (gl.convert_layout(_finished(dp, 0), mma, assert_trivial=True) - row_delta[:, None])
+                    a = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, group_k, 2), assert_trivial=True)
+                    # one half's product runs while the other half's scores are awaited
+                    dq = warpgroup_mma(a, k.slice(j * HALF, HALF), dq, is_async=j < HALVES - 1)
+                dq = gl.convert_layout(dq, mma, assert_trivial=True)
+            elif mine != 0:
+                for j in gl.static_range(KEYS // PART):
+                    nothing = gl.full([ROWS, PART], 0.0, gl.float32, mma)
+                    score = mma_v2(q, k_columns.slice(j * PART, PART, dim=1).load(right), nothing) * (SCALE * LOG2E)
+                    dp = mma_v2(do, v_columns.slice(j * PART, PART, dim=1).load(right), nothing)
+                    if i >= plain:
+                        score = _hide(score, first + j * PART, row_place, mma, PART)
+                    ds = gl.exp2(score - subtrahend[:, None]) * (dp - row_delta[:, None])
+                    a = gl.convert_layout(ds.to(dtype), left, assert_trivial=True)
+                    dq = mma_v2(a, k.slice(j * PART, PART).load(right), dq)
+            _arrive(empty.index(slot))
+            first, wanted_by = first_ahead, wanted_ahead
+            n += 1
+        dq *= (gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE)[:, None]
+        if HAS_BEFORE:
+            dq += _load_rows(before, base, offset, inside, K, mma).to(gl.float32)
+        _store_rows(d_query, base, offset, dq, inside, K, mma)
+
+
+@gluon.jit
+def backward_query(
+    query, key, value, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, plain_counts,
+    d_query, delta,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    SCALE: gl.constexpr, TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
+    TOGETHER: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
+):  # fmt: skip
+    """d_query [B, T, N, K] and delta float32 [B, T, N], as selected.py's `backward_query` gives. Grid: PROGRAMS."""
+    keys, values, full, empty = _ring(key, value, KEYS, K, V, STAGES)
+    gl.warp_specialize(
+        [
+            (_differentiate, (
+                query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, plain_counts,
+                d_query, delta, keys, values, full, empty,
+                T, H, G, K, V, SCALE, TOKENS, WALK, KEYS, SHARES, TOGETHER, TILES, UNITS, PROGRAMS, STAGES,
+                HAS_D_LSE, HAS_BEFORE,
+            )),
+            (_copy_blocks, (
+                key, value, begins, members, counts, keys, values, full, empty,
+                C, H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
+            )),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
