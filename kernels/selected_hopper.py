@@ -22,6 +22,10 @@ LN2 = gl.constexpr(0.6931471805599453)
 WARPS = gl.constexpr(8)
 ROWS = gl.constexpr(128)
 HALF = gl.constexpr(32)  # keys that a warpgroup multiplies at once
+# of products of one warp: the result, the operand whose rows are the result's, the one whose columns are
+MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
 
 
 @gluon.jit
@@ -82,11 +86,19 @@ def _finished(product, PENDING: gl.constexpr):
 
 
 @gluon.jit
-def _mine(wanted_by, warp, WARP_ROWS: gl.constexpr, G: gl.constexpr):
-    """The bits of the tokens that the WARP_ROWS rows around this warp's belong to."""
-    tokens: gl.constexpr = max(1, WARP_ROWS // G)
-    first = warp * 16 // WARP_ROWS * WARP_ROWS // G
+def _bits(wanted_by, warp, NEIGHBOURS: gl.constexpr, G: gl.constexpr):
+    """The bits of the tokens that the NEIGHBOURS rows around this warp's belong to."""
+    tokens: gl.constexpr = max(1, NEIGHBOURS // G)
+    first = warp * 16 // NEIGHBOURS * NEIGHBOURS // G
     return (wanted_by >> first) & ((1 << tokens) - 1)
+
+
+@gluon.jit
+def _wanted(wanted_by, warp, local, G: gl.constexpr, TOGETHER: gl.constexpr):
+    """Whether this warp wants a block, which rows do, of this warp, and whether its warpgroup multiplies it as one."""
+    mine = _bits(wanted_by, warp, 16, G) != 0
+    live = ((wanted_by >> local) & 1 == 1) if G < 16 else mine
+    return mine, live, _set_bits(_bits(wanted_by, warp, 64, G)) >= TOGETHER
 
 
 @gluon.jit
@@ -118,10 +130,17 @@ def _store_rows(target, base, offset, rows, inside, D: gl.constexpr, layout: gl.
 
 
 @gluon.jit
+def _first_key(i, steps, begins, SHARES: gl.constexpr, KEYS: gl.constexpr):
+    """The first key of step i of a walk, or of its last."""
+    i = gl.maximum(gl.minimum(i, steps - 1), 0)
+    return gl.load(begins + i // SHARES) + i % SHARES * KEYS
+
+
+@gluon.jit
 def _step(i, steps, begins, members, SHARES: gl.constexpr, KEYS: gl.constexpr):
     """Step i of a walk, or its last: the first key, and who wants the block."""
-    i = gl.maximum(gl.minimum(i, steps - 1), 0)
-    return gl.load(begins + i // SHARES) + i % SHARES * KEYS, gl.load(members + i // SHARES)
+    block = gl.maximum(gl.minimum(i, steps - 1), 0) // SHARES
+    return _first_key(i, steps, begins, SHARES, KEYS), gl.load(members + block)
 
 
 @gluon.jit
@@ -145,7 +164,7 @@ def _columns(slot, KEYS: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _copy_blocks(
-    key, value, begins, members, counts, keys, values, full, empty,
+    key, value, begins, counts, keys, values, full, empty,
     C: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr,
     SHARES: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -156,10 +175,10 @@ def _copy_blocks(
         row = unit // (TILES * H)
         walk = unit.to(gl.int64) * WALK
         steps = gl.load(counts + unit) * SHARES
-        first, _ = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
+        first = _first_key(0, steps, begins + walk, SHARES, KEYS)
         for i in range(steps):
             slot = n % STAGES
-            ahead, _ = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
+            ahead = _first_key(i + 1, steps, begins + walk, SHARES, KEYS)
             mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(slot), 2 * KEYS * (K + V))
             tma.async_load(key, [row, first, head * K], full.index(slot), keys.index(slot))
@@ -188,9 +207,6 @@ def _attend(
     TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The forward pass of the eight warps."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     group_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
     group_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, V, 16])
     FACTOR: gl.constexpr = SCALE * LOG2E
@@ -201,44 +217,43 @@ def _attend(
         walk = unit.to(gl.int64) * WALK
         steps = gl.load(counts + unit) * SHARES
         plain = gl.load(plain_counts + unit) * SHARES
-        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, left), T, H, G, TOKENS, TILES)
-        q = _load_rows(query, base, offset, inside, K, left)
-        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, mma), T, H, G, TOKENS, TILES)
+        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
+        q = _load_rows(query, base, offset, inside, K, LEFT)
+        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
         row_place = gl.load(place + token + local, mask=inside, other=-1)
-        peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, mma))
-        total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, mma))
-        sums = gl.full([ROWS, V], 0.0, gl.float32, mma)
+        peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
+        total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, MMA))
+        sums = gl.full([ROWS, V], 0.0, gl.float32, MMA)
         first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
         for i in range(steps):
             slot = n % STAGES
             first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
-            mine = _mine(wanted_by, warp, 16, G)
-            live = ((wanted_by >> local) & 1 == 1) if G < 16 else mine != 0
+            mine, live, together = _wanted(wanted_by, warp, local, G, TOGETHER)
             _wait(full.index(slot), (n // STAGES) & 1)
             k_columns = _columns(keys.index(slot), KEYS, K)
             v = _rows(values.index(slot), KEYS, V)
-            if _set_bits(_mine(wanted_by, warp, 64, G)) >= TOGETHER:
+            if together:
                 a = gl.convert_layout(q, gl.DotOperandLayout(0, group_k, 2), assert_trivial=True)
                 nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, group_k)
-                score = gl.convert_layout(warpgroup_mma(a, k_columns, nothing, use_acc=False), mma, assert_trivial=True)
+                score = gl.convert_layout(warpgroup_mma(a, k_columns, nothing, use_acc=False), MMA, assert_trivial=True)
                 if i >= plain:
-                    score = _hide(score, first, row_place, mma, KEYS)
+                    score = _hide(score, first, row_place, MMA, KEYS)
                 p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
                 a = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, group_v, 2), assert_trivial=True)
                 sums = warpgroup_mma(a, v, gl.convert_layout(sums, group_v, assert_trivial=True))
-                sums = gl.convert_layout(sums, mma, assert_trivial=True)
-            elif mine != 0:
-                score = mma_v2(q, k_columns.load(right), gl.full([ROWS, KEYS], 0.0, gl.float32, mma))
+                sums = gl.convert_layout(sums, MMA, assert_trivial=True)
+            elif mine:
+                score = mma_v2(q, k_columns.load(RIGHT), gl.full([ROWS, KEYS], 0.0, gl.float32, MMA))
                 if i >= plain:
-                    score = _hide(score, first, row_place, mma, KEYS)
+                    score = _hide(score, first, row_place, MMA, KEYS)
                 p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
-                sums = mma_v2(gl.convert_layout(p.to(dtype), left, assert_trivial=True), v.load(right), sums)
+                sums = mma_v2(gl.convert_layout(p.to(dtype), LEFT, assert_trivial=True), v.load(RIGHT), sums)
             _arrive(empty.index(slot))
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         seen = total > 0.0
         total = gl.where(seen, total, 1.0)
-        _store_rows(output, base, offset, sums * (1.0 / total)[:, None], inside, V, mma)
+        _store_rows(output, base, offset, sums * (1.0 / total)[:, None], inside, V, MMA)
         gl.store(lse + base + offset, gl.where(seen, (peak + gl.log2(total)) * LN2, float("-inf")), mask=inside)
 
 
@@ -273,7 +288,7 @@ def forward(
                 T, H, G, K, V, SCALE, TOKENS, WALK, KEYS, SHARES, TOGETHER, TILES, UNITS, PROGRAMS, STAGES,
             )),
             (_copy_blocks, (
-                key, value, begins, members, counts, keys, values, full, empty,
+                key, value, begins, counts, keys, values, full, empty,
                 C, H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
             )),
         ],
@@ -292,9 +307,6 @@ def _differentiate(
     HAS_BEFORE: gl.constexpr,
 ):  # fmt: skip
     """The query pass of the eight warps."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     HALVES: gl.constexpr = KEYS // HALF
     group_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     group_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, K, 16])
@@ -306,13 +318,13 @@ def _differentiate(
         walk = unit.to(gl.int64) * WALK
         steps = gl.load(counts + unit) * SHARES
         plain = gl.load(plain_counts + unit) * SHARES
-        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, left), T, H, G, TOKENS, TILES)
-        q = _load_rows(query, base, offset, inside, K, left)
-        do = _load_rows(d_output, base, offset, inside, V, left)
-        o = _load_rows(output, base, offset, inside, V, left)
+        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
+        q = _load_rows(query, base, offset, inside, K, LEFT)
+        do = _load_rows(d_output, base, offset, inside, V, LEFT)
+        o = _load_rows(output, base, offset, inside, V, LEFT)
         row_delta = gl.sum(do.to(gl.float32) * o.to(gl.float32), 1)
-        row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, mma), assert_trivial=True)
-        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, mma), T, H, G, TOKENS, TILES)
+        row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, MMA), assert_trivial=True)
+        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
         row_lse = gl.load(lse + base + offset, mask=inside, other=float("inf"))
         if HAS_D_LSE:
             row_delta -= gl.load(d_lse + base + offset, mask=inside, other=0.0)
@@ -320,20 +332,19 @@ def _differentiate(
         gl.store(delta + base + offset, row_delta, mask=inside)
         row_lse *= LOG2E
         row_place = gl.load(place + token + local, mask=inside, other=-1)
-        dq = gl.full([ROWS, K], 0.0, gl.float32, mma)
+        dq = gl.full([ROWS, K], 0.0, gl.float32, MMA)
         first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
         for i in range(steps):
             slot = n % STAGES
             first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
-            mine = _mine(wanted_by, warp, 16, G)
-            live = ((wanted_by >> local) & 1 == 1) if G < 16 else mine != 0
+            mine, live, together = _wanted(wanted_by, warp, local, G, TOGETHER)
             # one number per row hides all of it, which costs less than a mask
             subtrahend = gl.where(live, row_lse, float("inf"))
             _wait(full.index(slot), (n // STAGES) & 1)
             k = _rows(keys.index(slot), KEYS, K)
             k_columns = _columns(keys.index(slot), KEYS, K)
             v_columns = _columns(values.index(slot), KEYS, V)
-            if _set_bits(_mine(wanted_by, warp, 64, G)) >= TOGETHER:
+            if together:
                 nothing = gl.full([ROWS, HALF], 0.0, gl.float32, group_s)
                 q_side = gl.convert_layout(q, gl.DotOperandLayout(0, group_s, 2), assert_trivial=True)
                 do_side = gl.convert_layout(do, gl.DotOperandLayout(0, group_s, 2), assert_trivial=True)
@@ -343,32 +354,32 @@ def _differentiate(
                     v_half = v_columns.slice(j * HALF, HALF, dim=1)
                     score = warpgroup_mma(q_side, k_half, nothing, use_acc=False, is_async=True)
                     dp = warpgroup_mma(do_side, v_half, nothing, use_acc=False, is_async=True)
-                    score = gl.convert_layout(_finished(score, 1), mma, assert_trivial=True) * (SCALE * LOG2E)
+                    score = gl.convert_layout(_finished(score, 1), MMA, assert_trivial=True) * (SCALE * LOG2E)
                     if i >= plain:
-                        score = _hide(score, first + j * HALF, row_place, mma, HALF)
+                        score = _hide(score, first + j * HALF, row_place, MMA, HALF)
                     p = gl.exp2(score - subtrahend[:, None])
-                    ds = p * (gl.convert_layout(_finished(dp, 0), mma, assert_trivial=True) - row_delta[:, None])
+                    ds = p * (gl.convert_layout(_finished(dp, 0), MMA, assert_trivial=True) - row_delta[:, None])
                     a = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, group_k, 2), assert_trivial=True)
                     # one half's product runs while the other half's scores are awaited
                     dq = warpgroup_mma(a, k.slice(j * HALF, HALF), dq, is_async=j < HALVES - 1)
-                dq = gl.convert_layout(dq, mma, assert_trivial=True)
-            elif mine != 0:
+                dq = gl.convert_layout(dq, MMA, assert_trivial=True)
+            elif mine:
                 for j in gl.static_range(KEYS // PART):
-                    nothing = gl.full([ROWS, PART], 0.0, gl.float32, mma)
-                    score = mma_v2(q, k_columns.slice(j * PART, PART, dim=1).load(right), nothing) * (SCALE * LOG2E)
-                    dp = mma_v2(do, v_columns.slice(j * PART, PART, dim=1).load(right), nothing)
+                    nothing = gl.full([ROWS, PART], 0.0, gl.float32, MMA)
+                    score = mma_v2(q, k_columns.slice(j * PART, PART, dim=1).load(RIGHT), nothing) * (SCALE * LOG2E)
+                    dp = mma_v2(do, v_columns.slice(j * PART, PART, dim=1).load(RIGHT), nothing)
                     if i >= plain:
-                        score = _hide(score, first + j * PART, row_place, mma, PART)
+                        score = _hide(score, first + j * PART, row_place, MMA, PART)
                     ds = gl.exp2(score - subtrahend[:, None]) * (dp - row_delta[:, None])
-                    a = gl.convert_layout(ds.to(dtype), left, assert_trivial=True)
-                    dq = mma_v2(a, k.slice(j * PART, PART).load(right), dq)
+                    a = gl.convert_layout(ds.to(dtype), LEFT, assert_trivial=True)
+                    dq = mma_v2(a, k.slice(j * PART, PART).load(RIGHT), dq)
             _arrive(empty.index(slot))
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         dq *= (gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE)[:, None]
         if HAS_BEFORE:
-            dq += _load_rows(before, base, offset, inside, K, mma).to(gl.float32)
-        _store_rows(d_query, base, offset, dq, inside, K, mma)
+            dq += _load_rows(before, base, offset, inside, K, MMA).to(gl.float32)
+        _store_rows(d_query, base, offset, dq, inside, K, MMA)
 
 
 @gluon.jit
@@ -391,7 +402,7 @@ def backward_query(
                 HAS_D_LSE, HAS_BEFORE,
             )),
             (_copy_blocks, (
-                key, value, begins, members, counts, keys, values, full, empty,
+                key, value, begins, counts, keys, values, full, empty,
                 C, H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
             )),
         ],

@@ -44,6 +44,13 @@ def spans(ids):
     return [(start, stop) for start, stop in itertools.pairwise(edges) if ids[start] >= 0]
 
 
+def counts_of(kind, B, T, H, S):
+    """block_counts: `kind` as it is, or for "array" numbers [B, T, H] from below 0 to above S."""
+    if kind != "array":
+        return kind
+    return jnp.asarray(np.random.default_rng(T).integers(-1, S + 2, (B, T, H)), jnp.int32)
+
+
 def run(attend, arrays, seed=100, cotangents=None):
     """(output, lse, *gradients) of attend(*arrays) -> (output, lse), for random cotangents of both."""
 

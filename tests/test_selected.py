@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_same_bits, normal, packing, qkv, row, run, spans
+from cases import assert_close, assert_same_bits, counts_of, normal, packing, qkv, row, run, spans
 
 from nsa_jax import selected_attention, tiling
 from nsa_jax.inverse import more_items
@@ -30,12 +30,6 @@ def drawn(seed, B, T, H, S, block_size):
     own = np.arange(T).reshape(1, T, 1, 1) // block_size
     indices = rng.integers(-1, own + 2, (B, T, H, S))
     return jnp.asarray(np.where(rng.random(indices.shape) < 0.1, T, indices), jnp.int32)
-
-
-def counts_of(kind, B, T, H, S):
-    if kind != "array":
-        return kind
-    return jnp.asarray(np.random.default_rng(T).integers(-1, S + 2, (B, T, H)), jnp.int32)
 
 
 def attention(implementation, indices, **options):

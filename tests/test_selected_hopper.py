@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_same_bits, assert_small_error_ratio, normal, packing, qkv, row, run, spans
+from cases import (
+    assert_close,
+    assert_same_bits,
+    assert_small_error_ratio,
+    counts_of,
+    normal,
+    packing,
+    qkv,
+    row,
+    run,
+    spans,
+)
 
 from nsa_jax import gluon, launch, selected_attention, selected_hopper, tiling
 
@@ -39,12 +50,6 @@ def drawn(seed, B, T, H, S, block_size, alike):
     own = np.arange(T).reshape(1, T, 1, 1) // block_size
     indices = rng.integers(-1, own + 2, (B, T, H, S))
     return jnp.asarray(indices[:, np.arange(T) // 40 * 40] if alike else indices, jnp.int32)
-
-
-def counts_of(kind, B, T, H, S):
-    if kind != "array":
-        return kind
-    return jnp.asarray(np.random.default_rng(T).integers(-1, S + 2, (B, T, H)), jnp.int32)
 
 
 def attention(implementation, indices, **options):
