@@ -3,9 +3,9 @@
 Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. place [B, T] is the query's index in the key
 row: it sees keys up to there. The forward and the query pass go from the query's side: TOKENS tokens x G heads are the
 rows of a tile, which walks the union of the blocks that its tokens want (walk.py). The key pass goes from the block's
-side: an item is a block and up to CHUNK of the queries that want it, so a block that all want is shared out; what the
-first item of a block gives goes to `d_key`, what the others give to `d_key_more`, and `combine` adds them in a fixed
-order. No atomics: the same inputs give the same bits.
+side: an item (`inverse.Items`) is a block and some of the queries that want it, so a block that all want is shared out;
+what the first item of a block gives goes to `d_key`, what the others give to `d_key_more`, and `combine` adds them in a
+fixed order. No atomics: the same inputs give the same bits.
 
 A window (keys place - WINDOW + 1 .. place) is a second softmax over scores that the walk has at hand in its last
 blocks. Arguments named sliding_* belong to it; with WINDOW 0 they are placeholders.
@@ -257,18 +257,17 @@ def _key_gradients(
 @triton.jit
 def backward_key_value(
     query, key, value, d_output, lse, delta, weight, sliding_lse, sliding_delta, sliding_weight,
-    place, choosers, chooser_first, item_first, item_block, block_begin, block_end, block_count,
+    place, choosers, item_block, item_first, item_count, item_rank, item_place, item_total, block_begin, block_end,
     d_key, d_value, d_key_more, d_value_more,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCKS: tl.constexpr, ITEMS: tl.constexpr, MORE: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCKS: tl.constexpr, ITEMS: tl.constexpr, MORE: tl.constexpr, PROGRAMS: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_key, d_value [B, C, H, K|V] and d_key_more, d_value_more float32 [B, H, MORE, BLOCK, K|V].
 
-    choosers[chooser_first[b, h, m] : chooser_first[b, h, m + 1]] want block m of head h of row b: 2 * token + (1 if it
-    selected the block). Items item_first[b, h, m] up to item_first[b, h, m + 1] are block m's; item_block [B, H, ITEMS]
-    tells an item's block. Grid: (BLOCK // KEYS) * PROGRAMS * H * B; a program does every PROGRAMS-th item.
+    The arrays of items are those of `inverse.Items`. Grid: (BLOCK // KEYS) * PROGRAMS * H * B; a program does every
+    PROGRAMS-th item.
     """
     shares: tl.constexpr = BLOCK // KEYS
     program = tl.program_id(0)
@@ -286,15 +285,15 @@ def backward_key_value(
         sliding_lse += row * T * (H * G)
         sliding_delta += row * T * (H * G)
         sliding_weight += row * T * (H * G)
-    chooser_first += (row * H + head) * (BLOCKS + 1)
-    item_first += (row * H + head) * (BLOCKS + 1)
     item_block += (row * H + head) * ITEMS
-    items = tl.load(item_first + tl.load(block_count + row))
-    for item in range(worker, items, PROGRAMS):
+    item_first += (row * H + head) * ITEMS
+    item_count += (row * H + head) * ITEMS
+    item_rank += (row * H + head) * ITEMS
+    item_place += (row * H + head) * ITEMS
+    for item in range(worker, tl.load(item_total + row * H + head), PROGRAMS):
         block = tl.load(item_block + item)
-        chunk = item - tl.load(item_first + block)
-        first = tl.load(chooser_first + block) + chunk * CHUNK
-        slots = tl.minimum(tl.load(chooser_first + block + 1) - first, CHUNK) * G
+        first = tl.load(item_first + item)
+        slots = tl.load(item_count + item) * G
         first_key = tl.load(block_begin + row * BLOCKS + block) + share * KEYS
         local = tl.arange(0, KEYS)
         where = first_key + local
@@ -305,7 +304,7 @@ def backward_key_value(
         dk = zeros(KEYS, K_PARTS)
         dv = zeros(KEYS, V_PARTS)
         # a block's choosers are distinct tokens, ascending from its first: only so many stand in it or near it
-        near = tl.maximum(tl.minimum((BLOCK + WINDOW - chunk * CHUNK) * G, slots), 0)
+        near = tl.maximum(tl.minimum((BLOCK + WINDOW - tl.load(item_rank + item)) * G, slots), 0)
         near_steps = tl.cdiv(near, ROWS)
         for i in range(near_steps):
             dk, dv = _key_gradients(
@@ -320,19 +319,19 @@ def backward_key_value(
                 T, H, G, K, V, SCALE, WINDOW, ROWS, True, K_PARTS, V_PARTS, PRECISION,
             )  # fmt: skip
         dk = scaled(dk, SCALE, K_PARTS)
-        if chunk == 0:
+        further = tl.load(item_place + item)
+        if further < 0:
             store_rows(d_key + base * K, local * (H * K), dk, inside, K, K_PARTS)
             store_rows(d_value + base * V, local * (H * V), dv, inside, V, V_PARTS)
         else:
-            # every block before this one has one first item, which has no place among the others
-            more = ((row * H + head) * MORE + item - block - 1) * BLOCK + share * KEYS
+            more = ((row * H + head) * MORE + further) * BLOCK + share * KEYS
             store_rows(d_key_more + more * K, local * K, dk, inside, K, K_PARTS)
             store_rows(d_value_more + more * V, local * V, dv, inside, V, V_PARTS)
 
 
 @triton.jit
 def combine(
-    d_first, d_more, item_first, block_begin, block_end, block_count, d_total,
+    d_first, d_more, further, block_begin, block_end, block_count, d_total,
     C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
     MORE: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -344,13 +343,13 @@ def combine(
     head = program // (shares * PROGRAMS) % H
     row = (program // (shares * PROGRAMS * H)).to(tl.int64)
     local = tl.arange(0, KEYS)
-    item_first += (row * H + head) * (BLOCKS + 1)
+    further += (row * H + head) * (BLOCKS + 1)
     for block in range(worker, tl.load(block_count + row), PROGRAMS):
         first_key = tl.load(block_begin + row * BLOCKS + block) + share * KEYS
         inside = first_key + local < tl.load(block_end + row * BLOCKS + block)
         base = ((row * C + first_key) * H + head) * D
         sums = load_rows(d_first + base, local * (H * D), inside, D, PARTS)  # [KEYS, D]
-        for i in range(tl.load(item_first + block) - block, tl.load(item_first + block + 1) - block - 1):
+        for i in range(tl.load(further + block), tl.load(further + block + 1)):
             more = (((row * H + head) * MORE + i) * BLOCK + share * KEYS) * D
             sums = added(sums, load_rows(d_more + more, local * D, inside, D, PARTS), PARTS)
         store_rows(d_total + base, local * (H * D), sums, inside, D, PARTS)

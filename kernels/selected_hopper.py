@@ -17,8 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
+from .hopper import LN2, LOG2E, arrive, as_columns, as_rows
+
 WARPS = gl.constexpr(8)
 ROWS = gl.constexpr(128)
 HALF = gl.constexpr(32)  # keys that a warpgroup multiplies at once
@@ -43,17 +43,6 @@ def _wait(barrier, phase):
         "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra AGAIN; }",
         "r,r,~{memory}",
         [barrier, phase],
-    )
-
-
-@gluon.jit
-def _arrive(barrier):
-    """Arrives once for this warp, when all its threads are here."""
-    gl.inline_asm(
-        "{ .reg .pred first; .reg .u32 lane; bar.warp.sync 0xffffffff; mov.u32 lane, %laneid;"
-        " setp.eq.u32 first, lane, 0; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
-        "r,~{memory}",
-        [barrier],
     )
 
 
@@ -151,18 +140,6 @@ def _hide(score, first, row_place, layout: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _rows(slot, KEYS: gl.constexpr, D: gl.constexpr):
-    """A slot of the ring as [KEYS, D]."""
-    return slot.reinterpret(slot.dtype, [KEYS, D], gl.NVMMASharedLayout(128, 16, 2))
-
-
-@gluon.jit
-def _columns(slot, KEYS: gl.constexpr, D: gl.constexpr):
-    """A slot of the ring as [D, KEYS]."""
-    return slot.reinterpret(slot.dtype, [D, KEYS], gl.NVMMASharedLayout(128, 16, 2, transposed=True))
-
-
-@gluon.jit
 def _copy_blocks(
     key, value, begins, counts, keys, values, full, empty,
     C: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr,
@@ -230,8 +207,8 @@ def _attend(
             first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
             mine, live, together = _wanted(wanted_by, warp, local, G, TOGETHER)
             _wait(full.index(slot), (n // STAGES) & 1)
-            k_columns = _columns(keys.index(slot), KEYS, K)
-            v = _rows(values.index(slot), KEYS, V)
+            k_columns = as_columns(keys.index(slot), KEYS, K)
+            v = as_rows(values.index(slot), KEYS, V)
             if together:
                 a = gl.convert_layout(q, gl.DotOperandLayout(0, group_k, 2), assert_trivial=True)
                 nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, group_k)
@@ -248,7 +225,7 @@ def _attend(
                     score = _hide(score, first, row_place, MMA, KEYS)
                 p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
                 sums = mma_v2(gl.convert_layout(p.to(dtype), LEFT, assert_trivial=True), v.load(RIGHT), sums)
-            _arrive(empty.index(slot))
+            arrive(empty.index(slot))
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         seen = total > 0.0
@@ -341,9 +318,9 @@ def _differentiate(
             # one number per row hides all of it, which costs less than a mask
             subtrahend = gl.where(live, row_lse, float("inf"))
             _wait(full.index(slot), (n // STAGES) & 1)
-            k = _rows(keys.index(slot), KEYS, K)
-            k_columns = _columns(keys.index(slot), KEYS, K)
-            v_columns = _columns(values.index(slot), KEYS, V)
+            k = as_rows(keys.index(slot), KEYS, K)
+            k_columns = as_columns(keys.index(slot), KEYS, K)
+            v_columns = as_columns(values.index(slot), KEYS, V)
             if together:
                 nothing = gl.full([ROWS, HALF], 0.0, gl.float32, group_s)
                 q_side = gl.convert_layout(q, gl.DotOperandLayout(0, group_s, 2), assert_trivial=True)
@@ -373,7 +350,7 @@ def _differentiate(
                     ds = gl.exp2(score - subtrahend[:, None]) * (dp - row_delta[:, None])
                     a = gl.convert_layout(ds.to(dtype), LEFT, assert_trivial=True)
                     dq = mma_v2(a, k.slice(j * PART, PART).load(RIGHT), dq)
-            _arrive(empty.index(slot))
+            arrive(empty.index(slot))
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         dq *= (gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE)[:, None]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import interval_hopper, launch, tiling
 from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
 from nsa_jax.segments import Intervals
 
@@ -53,6 +53,9 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
 
     if key.shape[1] == 0:
         return nothing_seen(query, value)
+    if interval_hopper.fits(query, value, spec.scale):
+        pairs = _pairs(query.shape[1], key.shape[1], spec)
+        return interval_hopper.forward(query, key, value, intervals, spec.scale, pairs)
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_forward, kernels.forward, shape, query.dtype)
 
@@ -81,6 +84,9 @@ def backward_query(
 
     if key.shape[1] == 0:
         return untouched(query, before), jnp.zeros_like(branch.lse)
+    if interval_hopper.fits(query, value, spec.scale):
+        pairs = _pairs(query.shape[1], key.shape[1], spec)
+        return interval_hopper.backward_query(query, key, value, d_output, branch, intervals, spec.scale, pairs, before)
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_query, kernels.backward_query, shape, query.dtype)
 
@@ -113,6 +119,11 @@ def backward_key_value(
 
     if key.shape[1] == 0:
         return jnp.zeros_like(key), jnp.zeros_like(value)
+    if interval_hopper.fits(query, value, spec.scale):
+        pairs = _pairs(query.shape[1], key.shape[1], spec)
+        return interval_hopper.backward_key_value(
+            query, key, value, d_output, branch, delta, intervals, spec.scale, pairs, spec.reach
+        )
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_key_value, kernels.backward_key_value, shape, query.dtype)
 

@@ -12,54 +12,102 @@ Array = jax.Array
 
 
 class Items(NamedTuple):
-    """Who chose what; M blocks a row, see `segments.Blocks`.
+    """Who chose what, I items a row and head; M blocks a row, see `segments.Blocks`.
+
+    An item is a block and at most `chunk` of its choosers, all in one stretch of the row. Items are in the order of
+    their stretches, so that those that are worked on at the same time read the same tokens.
 
     Attributes:
         choosers: int32 [B * H * T * S], those of one block in a run, tokens ascending: 2 * token, plus 1 if it selected
             the block and does not merely touch it with its window.
-        chooser_first: int32 [B, H, M + 1], where the run of block m begins, and that of block m - 1 ends.
-        item_first: int32 [B, H, M + 1], the first item of block m. A block has an item for every `chunk` tokens begun,
-            and at least one.
-        item_block: int32 [B, H, I], the block of an item.
+        block: int32 [B, H, I], the block of an item.
+        first: int32 [B, H, I], where its choosers begin.
+        count: int32 [B, H, I], how many they are.
+        rank: int32 [B, H, I], how many choosers the block has before them.
+        place: int32 [B, H, I], the item's place among those that are not a block's first one, block after block; -1
+            for a first one, of which every block has one.
+        total: int32 [B, H], the items.
+        further: int32 [B, H, M + 1], the place of the second item of block m, or where it would be.
     """
 
     choosers: Array
-    chooser_first: Array
-    item_first: Array
-    item_block: Array
+    block: Array
+    first: Array
+    count: Array
+    rank: Array
+    place: Array
+    total: Array
+    further: Array
+
+    def of_kernels(self) -> tuple[Array, ...]:
+        """What the kernels that go through the items take."""
+        return self[:-1]
 
 
-def invert(walks: Walks, blocks: Blocks, chunk: int) -> Items:
+def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: int) -> Items:
     """The Items of a selection.
 
     Args:
         walks: of single tokens, begins and members [B, H, T, S].
         blocks: the blocks of the rows.
+        block_size: tokens in a block.
         chunk: tokens an item may hold.
+        stretch: tokens in a stretch.
     """
     B, H, T, S = walks.begins.shape
-    M = blocks.begin.shape[1]
-    if B * H * (M + 1) >= 2**31:
-        raise ValueError(f"block_indices: {B} rows x {H} heads x {M} blocks do not fit 32-bit block numbers")
+    M, R = blocks.begin.shape[1], -(-T // stretch)
+    if B * H * (M * R + 1) >= 2**31:
+        raise ValueError(
+            f"block_indices: {B} rows x {H} heads x {M} blocks x {R} stretches of the row do not fit 32-bit numbers"
+        )
 
     wanted = walks.begins != NOWHERE
     number = jax.vmap(lambda numbers, keys: numbers[keys])(blocks.number, jnp.where(wanted, walks.begins, 0))
     list_of = jnp.arange(B * H, dtype=jnp.int32).reshape(B, H, 1, 1)
-    bucket = jnp.where(wanted, list_of * M + number, B * H * M)
-    chooser = 2 * jax.lax.broadcasted_iota(jnp.int32, (B, H, T, S), 2) + (walks.members & 1)
+    token = jax.lax.broadcasted_iota(jnp.int32, (B, H, T, S), 2)
+    bucket = jnp.where(wanted, (list_of * M + number) * R + token // stretch, B * H * M * R)
     # a stable sort, unlike atomics, gives the same order every time
-    buckets, choosers = jax.lax.sort((bucket.reshape(-1), chooser.reshape(-1)), num_keys=1, is_stable=True)
-    bounds = jnp.searchsorted(buckets, jnp.arange(B * H * M + 1, dtype=jnp.int32)).astype(jnp.int32)
-    chooser_first = jnp.concatenate([bounds[:-1].reshape(B, H, M), bounds[M::M].reshape(B, H, 1)], axis=2)
+    buckets, choosers = jax.lax.sort(
+        (bucket.reshape(-1), (2 * token + (walks.members & 1)).reshape(-1)), num_keys=1, is_stable=True
+    )
+    bounds = jnp.searchsorted(buckets, jnp.arange(B * H * M * R + 1, dtype=jnp.int32)).astype(jnp.int32)
+    first, counts = (x.reshape(B, H, M, R) for x in (bounds[:-1], jnp.diff(bounds)))
 
-    real = jnp.arange(M, dtype=jnp.int32)[None, None, :] < blocks.count[:, None, None]
-    items = jnp.where(real, jnp.maximum(-(-jnp.diff(chooser_first, axis=2) // chunk), 1), 0)
-    item_first = jnp.pad(jnp.cumsum(items, axis=2, dtype=jnp.int32), ((0, 0), (0, 0), (1, 0)))
-    item = jnp.arange(M + more_items(T, S, chunk), dtype=jnp.int32)
-    find = jax.vmap(jax.vmap(lambda firsts: jnp.searchsorted(firsts, item, side="right").astype(jnp.int32)))
-    return Items(choosers, chooser_first, item_first, find(item_first[:, :, 1:]))
+    is_real = jnp.arange(M, dtype=jnp.int32)[None, :] < blocks.count[:, None]
+    is_own = jnp.arange(R, dtype=jnp.int32)[None, None, :] == (blocks.begin // stretch)[..., None]
+    least = (is_own & is_real[..., None]).astype(jnp.int32)[:, None]  # [B, 1, M, R]
+    items = jnp.maximum(-(-counts // chunk), least)
+    of_block = jnp.cumsum(items, axis=3, dtype=jnp.int32)
+    further = jnp.cumsum(jnp.maximum(of_block[..., -1] - 1, 0), axis=2, dtype=jnp.int32)
+    further = jnp.pad(further, ((0, 0), (0, 0), (1, 0)))
+
+    def by_stretch(x):
+        return x.swapaxes(2, 3).reshape(B, H, R * M)
+
+    ends = jnp.cumsum(by_stretch(items), axis=2, dtype=jnp.int32)
+    item = jnp.arange(M + more_items(T, S, block_size, chunk, stretch), dtype=jnp.int32)
+    find = jax.vmap(jax.vmap(lambda ends: jnp.searchsorted(ends, item, side="right").astype(jnp.int32)))
+    pair = jnp.minimum(find(ends), R * M - 1)
+
+    def of_item(x):
+        return jnp.take_along_axis(by_stretch(x), pair, axis=2)
+
+    chunk_number = item[None, None, :] - jnp.take_along_axis(ends, pair, axis=2) + of_item(items)
+    before = of_item(of_block - items) + chunk_number  # items of the same block
+    return Items(
+        choosers=choosers,
+        block=pair % M,
+        first=of_item(first) + chunk_number * chunk,
+        count=jnp.minimum(of_item(counts) - chunk_number * chunk, chunk),
+        rank=of_item(first - first[..., :1]) + chunk_number * chunk,
+        place=jnp.where(before == 0, -1, jnp.take_along_axis(further, pair % M, axis=2) + before - 1),
+        total=ends[..., -1],
+        further=further,
+    )
 
 
-def more_items(length: int, picks: int, chunk: int) -> int:
+def more_items(length: int, picks: int, block_size: int, chunk: int, stretch: int) -> int:
     """The most items of a row and head beyond one per block."""
-    return length * picks // chunk
+    # only blocks of the segment that reaches into a stretch have tokens there and are not of it
+    reaching = sum(-(-begin // block_size) for begin in range(stretch, length, stretch))
+    return min(reaching, length * picks) + length * picks // chunk

@@ -164,6 +164,22 @@ def query_tiles(kernel, rows: int, group: int, *arrays: Array) -> tuple[Array | 
     return arrays
 
 
+def row_pieces(x: Array, group: int) -> Tiled:
+    """x [B, T, N, D] as the kernels for Hopper copy queries: 64 columns of 64 (token, head of the group) pairs."""
+    heads = min(group, 64)
+    return Tiled(x, (1, 64 // heads, heads, 64), swizzled=True)
+
+
+def token_pieces(x: Array, group: int) -> Tiled:
+    """x [B, T, N, D] as the kernels for Hopper gather tokens: 64 columns of up to 64 heads of one token's group."""
+    return Tiled(x, (1, 1, min(group, 64), 64), swizzled=True)
+
+
+def key_pieces(x: Array, keys: int = 64) -> Tiled:
+    """x [B, C, H, D] as the kernels for Hopper copy keys: all columns of so many keys of one head."""
+    return Tiled(x.reshape(*x.shape[:2], -1), (1, keys, x.shape[3]), swizzled=True)
+
+
 def launch(
     kernel,
     *arrays: Array | Tiled,
@@ -172,6 +188,7 @@ def launch(
     warps: int,
     stages: int,
     flops: int,
+    registers: int | None = None,
     **constants,
 ) -> list[Array]:
     """Runs a Triton kernel.
@@ -184,6 +201,7 @@ def launch(
         programs: size of the grid, which has one axis.
         warps, stages: num_warps and num_stages.
         flops: floating-point operations, for profiles.
+        registers: most that a thread may have; None for as many as there are.
         **constants: every constexpr of the kernel, by name.
 
     Returns:
@@ -209,7 +227,7 @@ def launch(
     if _is_interpreted(kernel):
         results = _interpret(kernel, arrays, outputs, programs, constants)
     else:
-        results = _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
+        results = _compile(kernel, arrays, outputs, programs, warps, stages, flops, registers, constants)
     return [_vary(result, axes) for result in results]
 
 
@@ -227,7 +245,7 @@ def _is_interpreted(kernel) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants):
+def _compile(kernel, arrays, outputs, programs, warps, stages, flops, registers, constants):
     jax_triton = _jax_triton()
     capability = compute_capability()
     traffic = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*_plain(arrays), *outputs))
@@ -241,13 +259,18 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, constants)
         num_warps=warps,
         num_stages=stages,
         compute_capability=capability,
-        backend_options={"ptx_version": ptx_version(capability, _described(arrays)), "enable_fp_fusion": True},
+        backend_options={
+            "ptx_version": ptx_version(capability, _described(arrays)),
+            "enable_fp_fusion": True,
+            "maxnreg": registers,
+        },
         cost_estimate={"flops": int(flops), "bytes_accessed": int(traffic)},
         **constants,
     )
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
     leaves, tree = jax.tree.flatten(structs)
-    key = kernel, capability, warps, stages, tuple(leaves), tree, tuple(outputs), tuple(sorted(constants.items()))
+    options = capability, warps, stages, registers
+    key = kernel, options, tuple(leaves), tree, tuple(outputs), tuple(sorted(constants.items()))
     compile_ahead.note(key, lambda: jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)))
     return call(*operands)
 

@@ -236,31 +236,38 @@ def backward_key_value(
     capability = launch.capability_of(kernels.backward_key_value)
     tile = tiling.selected_backward_key_value(capability, _columns(constants), key.dtype.itemsize, spec.block_size)
     chunk = tiling.selected_chunk(capability)
-    more = more_items(T, S, chunk)
+    stretch = tiling.selected_stretch(capability)
+    more = more_items(T, S, spec.block_size, chunk, stretch)
     kind = jnp.float32 if more else key.dtype  # what several items give is added in float32
 
     def run(query, key, value, *arrays):
         B, _, N, K = query.shape
         C, H, V = value.shape[1:]
         arrays, token_walks, blocks = arrays[:8], Walks(*arrays[8:12]), Blocks(*arrays[12:])
-        items = invert(token_walks, blocks, chunk)
+        items = invert(token_walks, blocks, spec.block_size, chunk, stretch)
         programs = -(-C // spec.block_size) + more
-        shares = spec.block_size // tile.keys
-        d_key, d_value, d_key_more, d_value_more = launch.launch(
-            kernels.backward_key_value, query, key, value, *arrays, *items, blocks.begin, blocks.end, blocks.count,
-            outputs=(
-                *(jax.ShapeDtypeStruct((B, C, H, width), kind) for width in (K, V)),
-                *(jax.ShapeDtypeStruct((B, H, max(more, 1), spec.block_size, width), jnp.float32) for width in (K, V)),
-            ),
-            programs=shares * programs * H * B, warps=tile.warps, stages=tile.stages,
-            flops=2 * B * T * N * S * spec.block_size * (2 * K + 2 * V),
-            BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, CHUNK=chunk, BLOCKS=blocks.begin.shape[1],
-            ITEMS=items.item_block.shape[2], MORE=max(more, 1), PROGRAMS=programs, **constants,
-        )  # fmt: skip
+        outputs = (
+            *(jax.ShapeDtypeStruct((B, C, H, width), kind) for width in (K, V)),
+            *(jax.ShapeDtypeStruct((B, H, max(more, 1), spec.block_size, width), jnp.float32) for width in (K, V)),
+        )
+        flops = 2 * B * T * N * S * spec.block_size * (2 * K + 2 * V)
+        if selected_hopper.does_keys(query, value, spec.block_size, spec.scale, spec.window_size):
+            d_key, d_value, d_key_more, d_value_more = selected_hopper.backward_key_value(
+                query, key, value, *arrays[:4], arrays[7], items, blocks, outputs=outputs, programs=programs,
+                scale=spec.scale, block_size=spec.block_size, more=max(more, 1), flops=flops,
+            )  # fmt: skip
+        else:
+            d_key, d_value, d_key_more, d_value_more = launch.launch(
+                kernels.backward_key_value, query, key, value, *arrays, *items.of_kernels(), blocks.begin, blocks.end,
+                outputs=outputs, programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps,
+                stages=tile.stages, flops=flops,
+                BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
+                ITEMS=items.block.shape[2], MORE=max(more, 1), PROGRAMS=programs, **constants,
+            )  # fmt: skip
         if not more:
             return d_key, d_value
         return [
-            _combine(first, rest, items.item_first, blocks, key.dtype)
+            _combine(first, rest, items.further, blocks, key.dtype)
             for first, rest in ((d_key, d_key_more), (d_value, d_value_more))
         ]
 
@@ -272,7 +279,7 @@ def backward_key_value(
     return d_key, d_value
 
 
-def _combine(first: Array, rest: Array, item_first: Array, blocks: Blocks, dtype) -> Array:
+def _combine(first: Array, rest: Array, further: Array, blocks: Blocks, dtype) -> Array:
     """first [B, C, H, D] plus the further items of each block, in rest [B, H, MORE, block_size, D], as `dtype`."""
     from nsa_jax.kernels import selected as kernels
 
@@ -280,7 +287,7 @@ def _combine(first: Array, rest: Array, item_first: Array, blocks: Blocks, dtype
     more, block_size = rest.shape[2:4]
     programs, keys = -(-C // block_size), 16
     (total,) = launch.launch(
-        kernels.combine, first, rest, item_first, blocks.begin, blocks.end, blocks.count,
+        kernels.combine, first, rest, further, blocks.begin, blocks.end, blocks.count,
         outputs=(jax.ShapeDtypeStruct(first.shape, dtype),),
         programs=block_size // keys * programs * H * B, warps=4, stages=2, flops=rest.size,
         C=C, H=H, D=D, BLOCK=block_size, KEYS=keys, BLOCKS=blocks.begin.shape[1], MORE=more, PROGRAMS=programs,

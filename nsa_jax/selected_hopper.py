@@ -1,10 +1,14 @@
-"""Starts kernels/selected_hopper.py: the selected branch's passes from the query's side on Hopper GPUs."""
+"""Starts kernels/selected_hopper.py and selected_hopper_keys.py: the selected branch on Hopper GPUs."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from nsa_jax import launch, tiling
+from nsa_jax.inverse import Items
 from nsa_jax.residuals import Branch, or_placeholders
+from nsa_jax.segments import Blocks
 from nsa_jax.walk import Walks
 
 Array = jax.Array
@@ -54,6 +58,32 @@ def backward_query(
     return d_query, delta
 
 
+def does_keys(query: Array, value: Array, block_size: int, scale: float, window_size: int) -> bool:
+    """Whether `backward_key_value` does what is asked."""
+    is_for = tile_for(query, value, block_size, scale, window_size) is not None
+    return is_for and block_size >= tiling.HOPPER_KEYS
+
+
+def backward_key_value(
+    query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array, place: Array,
+    items: Items, blocks: Blocks, *, outputs: Sequence[jax.ShapeDtypeStruct], programs: int, scale: float,
+    block_size: int, more: int, flops: int,
+) -> list[Array]:  # fmt: skip
+    """d_key, d_value, d_key_more and d_value_more, as kernels/selected.py gives them; programs: of a head and row."""
+    from nsa_jax.kernels import selected_hopper_keys as kernels
+
+    (B, T, N, K), (_, C, H, V) = query.shape, value.shape
+    return launch.launch(
+        kernels.backward_key_value, launch.token_pieces(query, N // H), launch.key_pieces(key),
+        launch.key_pieces(value), launch.token_pieces(d_output, N // H), lse, delta, weight, place,
+        *items.of_kernels(), blocks.begin, blocks.end,
+        outputs=outputs, programs=block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
+        registers=tiling.HOPPER_KEYS_REGISTERS, flops=flops,
+        T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=scale, BLOCK=block_size, BLOCKS=blocks.begin.shape[1],
+        ITEMS=items.block.shape[2], MORE=more, PROGRAMS=programs, STAGES=tiling.hopper_keys_stages(K, V),
+    )  # fmt: skip
+
+
 def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, scale, **constants) -> list[Array]:
     """Runs a kernel on arrays that begin with query, key and value; products: multiplications per head and key."""
     (_, T, N, K), (_, C, H, V) = arrays[0].shape, arrays[2].shape
@@ -63,7 +93,7 @@ def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, sca
         B = query.shape[0]
         units = tiles * H * B
         programs = min(units, launch.multiprocessors())  # one fits on each, and goes through its share of the units
-        blocks = [launch.Tiled(x.reshape(B, C, -1), (1, tile.keys, x.shape[3]), swizzled=True) for x in (key, value)]
+        blocks = [launch.key_pieces(x, tile.keys) for x in (key, value)]
         return launch.launch(
             kernel, query, *blocks, *arrays,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],

@@ -193,6 +193,60 @@ def selected_hopper(
     return HopperTile(_HOPPER_ROWS // group, keys, min(_HOPPER_STAGES, room // (itemsize * keys * sum(widths))))
 
 
+HOPPER_KEYS = 64  # of a program of kernels/hopper_keys.py, two of which share a multiprocessor
+HOPPER_KEYS_REGISTERS = 128  # of a thread, so that they do
+_HOPPER_KEYS_ROWS = 64  # of a slot of its ring
+_HOPPER_KEYS_STATISTICS = 12  # bytes beside a row
+_HOPPER_KEYS_STAGES = 4
+
+
+def hopper_keys_stages(key_width: int, value_width: int) -> int:
+    """Slots of the ring of kernels/hopper_keys.py, for elements of two bytes."""
+    row = 2 * (key_width + value_width)
+    room = 1024 * (SHARED_MEMORY[90] // 2) - _HOPPER_BARRIERS - HOPPER_KEYS * row
+    return min(_HOPPER_KEYS_STAGES, room // (_HOPPER_KEYS_ROWS * (row + _HOPPER_KEYS_STATISTICS)))
+
+
+INTERVAL_HOPPER_FORWARD_ROWS = 192  # of a unit of kernels/interval_hopper.py
+INTERVAL_HOPPER_BACKWARD_ROWS = 128
+
+
+def interval_hopper(capability: int, widths: Sequence[int], itemsize: int, group: int) -> bool:
+    """Whether kernels/interval_hopper.py is for this architecture and shape; arguments as in `selected_hopper`."""
+    fits = all(width in (64, 128) for width in widths) and group in (1, 2, 4, 8, 16, 32, 64, 128)
+    return capability == 90 and itemsize == 2 and fits
+
+
+def interval_hopper_forward_stages(key_width: int, value_width: int) -> int:
+    """Slots of the ring of kernels/interval_hopper.py, beside the queries of two units."""
+    return _interval_hopper_stages(key_width, value_width, 2 * INTERVAL_HOPPER_FORWARD_ROWS * key_width)
+
+
+def interval_hopper_backward_stages(key_width: int, value_width: int) -> int:
+    """Slots of the ring of kernels/interval_hopper.py, beside queries, outputs and cotangents of a unit."""
+    return _interval_hopper_stages(
+        key_width, value_width, INTERVAL_HOPPER_BACKWARD_ROWS * (key_width + 2 * value_width)
+    )
+
+
+def _interval_hopper_stages(key_width: int, value_width: int, others: int) -> int:
+    room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - 2 * others
+    return min(_HOPPER_STAGES, room // (2 * HOPPER_KEYS * (key_width + value_width)))
+
+
+def interval_hopper_shares(programs: int, rows: int, reach: int) -> int:
+    """Into how many shares the rows of kernels/interval_hopper_keys.py are cut, so that few key tiles fill the GPU.
+
+    Args:
+        programs: key tiles of all heads and rows of the batch.
+        rows: (token, head of the group) pairs.
+        reach: most queries that see one key, 0 if any number can.
+    """
+    if reach:
+        return 1  # shares are of the whole row: of a key's few queries most would hold none
+    return max(1, min(-(-2048 // max(programs, 1)), 64, rows // (8 * _HOPPER_KEYS_ROWS)))
+
+
 def hopper_together(group: int) -> int:
     """Tokens of a warpgroup that must want a block for it to be multiplied as one: three quarters of the 64 rows."""
     return -(-48 // group)
@@ -211,6 +265,12 @@ def selected_chunk(capability: int) -> int:
     """Tokens that one item of kernels/selected.py backward_key_value holds: small enough that a block that all tokens
     choose is shared among many programs, large enough that the partial sums stay a fraction of the inputs."""
     return 16 if capability == INTERPRETER else 1024
+
+
+def selected_stretch(capability: int) -> int:
+    """Tokens in a stretch of the row, by which the items of kernels/selected.py are ordered: few enough that what
+    programs read together is often in the L2 still, enough that the partial sums stay a fraction of the inputs."""
+    return 48 if capability == INTERPRETER else 16384
 
 
 class SelectionTile(NamedTuple):

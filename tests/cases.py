@@ -101,6 +101,15 @@ def value_and_gradients(function, arrays, cotangent):
     return [output, *(gradients[name] for name in sorted(gradients))]
 
 
+def float32_of(arrays):
+    return tuple(x.astype(jnp.float32) for x in arrays)
+
+
+def without_infinities(arrays):
+    """The arrays in float32, with zeros for infinities."""
+    return [jnp.where(jnp.isinf(x), 0.0, x.astype(jnp.float32)) for x in arrays]
+
+
 def assert_small_error_ratio(actual, expected, ratio):
     """The root-mean-square error of each array at most `ratio` times the root-mean-square of what is expected."""
     assert len(actual) == len(expected)

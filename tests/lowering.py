@@ -118,7 +118,7 @@ def largest_tensor(module: str) -> int:
 
 
 def compiled(folder: pathlib.Path) -> list[dict]:
-    """Of every kernel in JAX_TRITON_DUMP_DIR the name, shared memory in bytes, and what ptxas has against its PTX."""
+    """Of every kernel in JAX_TRITON_DUMP_DIR the name, shared memory in bytes, and what ptxas says about its PTX."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     facts = []
@@ -128,7 +128,9 @@ def compiled(folder: pathlib.Path) -> list[dict]:
         code = ptx.read_text()
         target = re.search(r"^\.target (sm_(\d+)\w*)", code, re.MULTILINE)
         ptxas = get_ptxas(int(target[2])).path
-        command = [ptxas, "-O1", f"--gpu-name={target[1]}", str(ptx), "-o", os.devnull]
+        # only what is written in Gluon is to be free of ptxas' advice, which takes full optimisation
+        level = ["-O3", "-v"] if "setmaxnreg" in code else ["-O1"]
+        command = [ptxas, *level, f"--gpu-name={target[1]}", str(ptx), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         facts.append(
             {
@@ -136,8 +138,10 @@ def compiled(folder: pathlib.Path) -> list[dict]:
                 "shared": int(shared),
                 "target": target[1],
                 "error": done.stderr if done.returncode else "",
-                "threads": int(re.search(r"\.reqntid (\d+)", code)[1]),
+                # a scalar of kernels/selected_hopper.py that differs by warp
+                "warps_part": "%tid.x; shr.u32" in code,
                 "barriers": len(re.findall(r"\bbar\.sync", code)),
+                "serialised": "setmaxnreg" in code and "serialized" in done.stdout + done.stderr,
             }
         )
     return facts

@@ -50,12 +50,13 @@ def test_forward_and_backward_compile(capability, names):
         assert not kernel["error"], kernel
         assert kernel["target"].removesuffix("a") == f"sm_{capability}"
         assert kernel["shared"] <= 1024 * SHARED_MEMORY[capability], kernel
-    # kernels/selected_hopper.py, and only there: beyond eight warps; these may part once the ring is set up
-    specialised = [kernel for kernel in facts["compiled"] if kernel["threads"] > 256]
-    assert {kernel["name"] for kernel in specialised} == (
+        assert not kernel["serialised"], kernel  # its asynchronous products are that
+    # the warps of kernels/selected_hopper.py part once the ring is set up
+    parting = [kernel for kernel in facts["compiled"] if kernel["warps_part"]]
+    assert {kernel["name"] for kernel in parting} == (
         {"forward", "backward_query"} if capability == 90 and names == ["native_sparse_attention"] else set()
     )
-    assert all(kernel["barriers"] == 1 for kernel in specialised)
+    assert all(kernel["barriers"] == 1 for kernel in parting)
 
 
 def test_transformations():

@@ -11,12 +11,14 @@ from cases import (
     assert_same_bits,
     assert_small_error_ratio,
     counts_of,
+    float32_of,
     normal,
     packing,
     qkv,
     row,
     run,
     spans,
+    without_infinities,
 )
 
 from nsa_jax import gluon, launch, selected_attention, selected_hopper, tiling
@@ -61,10 +63,6 @@ def uses_these_kernels(query, value, block_size=64):
     return selected_hopper.tile_for(query, value, block_size, 0.1, 0) is not None
 
 
-def float32_of(arrays):
-    return tuple(x.astype(jnp.float32) for x in arrays)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("alike", [False, True], ids=["mixed", "alike"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,15 +79,30 @@ def test_matches_reference(hopper, shape, alike):
     actual = run(attend, arrays, cotangents=cotangents)
     expected = run(attention("xla", indices, **options), float32_of(arrays), cotangents=float32_of(cotangents))
     np.testing.assert_array_equal(np.isinf(actual[1]), np.isinf(expected[1]))
-    finite = (
-        [jnp.where(jnp.isinf(x), 0.0, x.astype(jnp.float32)) for x in actual],
-        [jnp.where(jnp.isinf(x), 0.0, x) for x in expected],
-    )
-    assert_small_error_ratio(*finite, RATIO)
+    assert_small_error_ratio(without_infinities(actual), without_infinities(expected), RATIO)
     assert_same_bits(run(attend, arrays, cotangents=cotangents), actual)
     if packed:
         for result in (actual[0], *actual[2:]):
             np.testing.assert_array_equal(np.asarray(result[1], np.float32), 0.0)  # a row of padding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("block_size", "packed"), [(64, False), (128, True)])
+def test_blocks_of_many_items(hopper, monkeypatch, block_size, packed):
+    """What is shared out among items, by their number and by stretches of the row, some of which lie in a block."""
+    monkeypatch.setattr(tiling, "selected_chunk", lambda capability: 40)
+    monkeypatch.setattr(tiling, "selected_stretch", lambda capability: 150)
+    T, G, H = 700, 16, 2
+    B = 2 if packed else 1
+    indices = drawn(8, B, T, H, 3, block_size, False).at[..., 0].set(0)
+    options = {"block_size": block_size, "segment_ids": packing(T) if packed else None}
+    arrays = qkv(8, B, T, G * H, H, 128, 128, dtype="bfloat16")
+    assert selected_hopper.does_keys(arrays[0], arrays[2], block_size, 0.1, 0)
+    cotangents = normal(1, B, T, G * H, 128, dtype="bfloat16"), normal(2, B, T, G * H)
+    actual = run(attention("triton", indices, **options), arrays, cotangents=cotangents)
+    expected = run(attention("xla", indices, **options), float32_of(arrays), cotangents=float32_of(cotangents))
+    assert_small_error_ratio(without_infinities(actual), without_infinities(expected), RATIO)
+    assert_same_bits(run(attention("triton", indices, **options), arrays, cotangents=cotangents), actual)
 
 
 @pytest.mark.gpu

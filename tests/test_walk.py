@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import packing
 
-from nsa_jax.inverse import invert, more_items
+from nsa_jax.inverse import Items, invert, more_items
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import NOWHERE, Walks, choose, walks
 
@@ -111,57 +111,66 @@ def test_blocks_hold_every_token_once():
             assert all(t in held[m] for t, m in enumerate(blocks.number[b].tolist()))
 
 
-# T, S, chunk, window_size, segments
+# T, S, chunk, stretch, window_size, segments
 ITEMS = [
-    (1, 1, 4, 0, "whole"),
-    (17, 3, 4, 18, "packed"),
-    (63, 3, 1, 0, "packed"),
-    (40, 2, 1000, 9, "single"),
-    (100, 2, 7, 33, "whole"),
+    (1, 1, 4, 1, 0, "whole"),
+    (17, 3, 4, 5, 18, "packed"),
+    (63, 3, 1, 40, 0, "packed"),
+    (40, 2, 1000, 1000, 9, "single"),
+    (100, 2, 7, 33, 33, "whole"),
+    (100, 3, 1000, 8, 0, "packed"),
 ]
 
 
 @pytest.mark.parametrize("case", ITEMS, ids=str)
 def test_inverse(case):
-    T, S, chunk, window_size, kind = case
+    T, S, chunk, stretch, window_size, kind = case
     choice, table = chosen(kind, T, S, window_size)
     token_walks = walks(choice, 1, BLOCK, window_size)
-    items = invert(token_walks, choice.blocks, chunk)
-    choosers, chooser_first, item_first, item_block = map(np.asarray, items)
+    items = Items(*map(np.asarray, invert(token_walks, choice.blocks, BLOCK, chunk, stretch)))
     begin, count = np.asarray(choice.blocks.begin), np.asarray(choice.blocks.count)
     widest = token_walks.begins.shape[3]
-    assert choosers.shape == (B * H * T * widest,)
+    assert items.choosers.shape == (B * H * T * widest,)
 
-    pairs = 0
     for b, h in np.ndindex(B, H):
-        item = 0
+        total = items.total[b, h]
+        assert total - count[b] <= more_items(T, widest, BLOCK, chunk, stretch)
+        assert count[b] <= total <= items.block.shape[2]
+        stretches, held = [], {m: [] for m in range(count[b])}
+        for i in range(total):
+            m, first, number = (x[b, h, i] for x in (items.block, items.first, items.count))
+            tokens = items.choosers[first : first + number] >> 1
+            assert number <= chunk
+            assert len(set(tokens // stretch)) <= 1  # all in one stretch
+            assert items.rank[b, h, i] == sum(len(earlier) for _, earlier in held[m])
+            stretches.append(tokens[0] // stretch if number else begin[b, m] // stretch)
+            held[m].append((items.place[b, h, i], items.choosers[first : first + number].tolist()))
+        assert stretches == sorted(stretches)
+
+        place = 0
         for m in range(count[b]):
             expected = []
             for t in range(T):
                 selected, touched = table[b, h, t]
                 if begin[b, m] in selected | touched:
                     expected.append(2 * t + (begin[b, m] in selected))
-            first, end = chooser_first[b, h, m : m + 2]
-            assert choosers[first:end].tolist() == expected
-            pairs += len(expected)
-
-            number = max(1, -(-len(expected) // chunk))
-            assert item_first[b, h, m : m + 2].tolist() == [item, item + number]
-            assert (item_block[b, h, item : item + number] == m).all()
-            item += number
-        assert (np.diff(item_first[b, h, count[b] :]) == 0).all()
-        assert item - count[b] <= more_items(T, widest, chunk)
-        assert item <= item_block.shape[2]
-    assert pairs == sum(len(selected | touched) for selected, touched in table.values())
+            assert [chooser for _, choosers in held[m] for chooser in choosers] == expected
+            assert items.further[b, h, m] == place
+            assert [at for at, _ in held[m]] == [-1, *range(place, place + len(held[m]) - 1)]
+            place += len(held[m]) - 1
+        assert (items.further[b, h, count[b] :] == place).all()
 
 
 def test_too_many_blocks_for_32_bits():
     rows, T = 2**15, 2**16
     long = jax.ShapeDtypeStruct((rows, 1, T, 1), jnp.int32)
     each = jax.ShapeDtypeStruct((rows, T), jnp.int32)
-    with pytest.raises(ValueError, match="block_indices: 32768 rows x 1 heads x 65536 blocks do not fit 32-bit"):
+    with pytest.raises(
+        ValueError,
+        match="block_indices: 32768 rows x 1 heads x 65536 blocks x 1 stretches of the row do not fit 32-bit",
+    ):
         jax.eval_shape(
-            lambda walks, blocks: invert(walks, blocks, 16),
+            lambda walks, blocks: invert(walks, blocks, 64, 16, T),
             Walks(long, long, *[jax.ShapeDtypeStruct((rows, 1, T), jnp.int32)] * 2),
             Blocks(each, each, each, jax.ShapeDtypeStruct((rows,), jnp.int32)),
         )

@@ -1,0 +1,41 @@
+"""What the kernels for Hopper (sm_90), written in Gluon, share: barriers, tiles in shared memory, copies of rows."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+WIDTH = gl.constexpr(64)  # columns of rows that are copied at once
+
+
+@gluon.jit
+def arrive(barrier):
+    """Arrives once for this warp, when all its threads are here."""
+    gl.inline_asm(
+        "{ .reg .pred first; .reg .u32 lane; bar.warp.sync 0xffffffff; mov.u32 lane, %laneid;"
+        " setp.eq.u32 first, lane, 0; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+        "r,~{memory}",
+        [barrier],
+    )
+
+
+@gluon.jit
+def as_rows(slot, KEYS: gl.constexpr, D: gl.constexpr):
+    """A tile in shared memory as [KEYS, D]."""
+    return slot.reinterpret(slot.dtype, [KEYS, D], gl.NVMMASharedLayout(128, 16, 2))
+
+
+@gluon.jit
+def as_columns(slot, KEYS: gl.constexpr, D: gl.constexpr):
+    """A tile in shared memory as [D, KEYS]."""
+    return slot.reinterpret(slot.dtype, [D, KEYS], gl.NVMMASharedLayout(128, 16, 2, transposed=True))
+
+
+@gluon.jit
+def copy_rows(source, tile, barrier, row, at, head, G: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
+    """The (token, head of the group) pairs at .. at + ROWS of a head of source [B, T, N, D] into tile [ROWS, D]."""
+    PIECE: gl.constexpr = min(G, ROWS)
+    parts = tile.reinterpret(source.dtype, [D // WIDTH, 1, ROWS // PIECE, PIECE, WIDTH], source.layout)
+    for part in gl.static_range(D // WIDTH):
+        tma.async_load(source, [row, at // G, head * G + at % G, part * WIDTH], barrier, parts.index(part))

@@ -1,0 +1,419 @@
+"""Attention to one interval of keys on Hopper (sm_90): the passes of interval.py from the query's side, in Gluon.
+
+A unit is 64 (token, head of the group) pairs for each of some warpgroups. A warp of its own copies a unit's rows, then
+its keys and values into a ring of STAGES slots; it is ahead by as much as the ring holds, across units too. While one
+warpgroup takes exponentials the others' products run.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, copy_rows
+
+WARPS = gl.constexpr(4)  # of a warpgroup
+ROWS = gl.constexpr(64)  # of a warpgroup
+KEYS = gl.constexpr(64)  # of a slot
+FORWARD_GROUPS = gl.constexpr(3)
+BACKWARD_GROUPS = gl.constexpr(2)  # three have too few registers for two operands each
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
+ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
+
+
+@gluon.constexpr_function
+def _most_tokens(group, groups):
+    """A power of two no smaller than the tokens that a unit touches."""
+    return (128 if groups == 2 else 256) // group
+
+
+@gluon.constexpr_function
+def _lanes(tokens, warps):
+    """All tokens in every warp."""
+    return gl.BlockedLayout([max(1, tokens // 32)], [32], [warps], [0])
+
+
+@gluon.jit
+def _place(unit, H: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr):
+    """The tile of rows, head and row of the batch of a unit; late tokens, which see most, first."""
+    return TILES - 1 - unit // (H * B), unit % H, unit // H % B
+
+
+@gluon.jit
+def _intervals(
+    unit, key_begin, key_end, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr,
+    GROUPS: gl.constexpr, LANE_WARPS: gl.constexpr,
+):  # fmt: skip
+    """The intervals of a unit's tokens, and which tokens there are; of the last unit where there is none."""
+    TOKENS: gl.constexpr = _most_tokens(G, GROUPS)
+    tile, _, row = _place(gl.minimum(unit, TILES * H * B - 1), H, B, TILES)
+    token = tile * (GROUPS * ROWS) // G + gl.arange(0, TOKENS, layout=_lanes(TOKENS, LANE_WARPS))
+    real = (token < T) & (token * G < (tile + 1) * (GROUPS * ROWS))
+    base = row.to(gl.int64) * T
+    begin = gl.load(key_begin + base + token, mask=real, other=0)
+    return begin, gl.load(key_end + base + token, mask=real, other=0), real
+
+
+@gluon.jit
+def _steps(begin, end, C: gl.constexpr):
+    """The tiles of keys [first, last) that intervals touch."""
+    first = gl.min(gl.where(end > begin, begin, C), 0) // KEYS
+    return first, (gl.max(gl.where(end > begin, end, 0), 0) + KEYS - 1) // KEYS
+
+
+@gluon.jit
+def _whole(begin, end, real, C: gl.constexpr):
+    """The tiles of keys [lower, upper) that lie in all intervals."""
+    return (gl.max(gl.where(real, begin, 0), 0) + KEYS - 1) // KEYS, gl.min(gl.where(real, end, C), 0) // KEYS
+
+
+@gluon.jit
+def _copy_keys(
+    begin, end, n, key, value, row, head, keys, values, full, empty, C: gl.constexpr, K: gl.constexpr,
+    V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copies the tiles that a unit's intervals touch, from the n-th slot on, and gives the slot after them."""
+    first, last = _steps(begin, end, C)
+    for j in range(first, last):
+        slot = n % STAGES
+        mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(slot), 2 * KEYS * (K + V))
+        tma.async_load(key, [row, j * KEYS, head * K], full.index(slot), keys.index(slot))
+        tma.async_load(value, [row, j * KEYS, head * V], full.index(slot), values.index(slot))
+        n += 1
+    return n
+
+
+@gluon.jit
+def _rows_of(
+    unit, GROUP: gl.constexpr, GROUPS: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr,
+    B: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """Of a warpgroup's rows: where the first stands in [B, T, N], their offsets, tokens in [B, T], which are real."""
+    tile, head, row = _place(unit, H, B, TILES)
+    at = (tile * GROUPS + GROUP) * ROWS
+    slot = at + gl.arange(0, ROWS, layout=ROW)
+    token = slot // G
+    base = ((row.to(gl.int64) * T + at // G) * H + head) * G
+    return base, (token - at // G) * (H * G) + slot % G, row.to(gl.int64) * T + token, token < T
+
+
+@gluon.jit
+def _hide(score, j, begin, end):
+    """score [ROWS, KEYS] of key tile j, -inf outside of the rows' intervals."""
+    where = j * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
+    seen = (where[None, :] >= begin[:, None]) & (where[None, :] < end[:, None])
+    return gl.where(seen, score, float("-inf"))
+
+
+@gluon.jit
+def _load_rows(source, base, offset, inside, D: gl.constexpr, layout: gl.constexpr):
+    """[ROWS, D] in a layout of products; rows that are not real read as zero."""
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    offset = gl.convert_layout(offset, gl.SliceLayout(1, layout), assert_trivial=True)
+    inside = gl.convert_layout(inside, gl.SliceLayout(1, layout), assert_trivial=True)
+    return gl.load(source + base * D + (offset[:, None] * D + column[None, :]), mask=inside[:, None], other=0.0)
+
+
+@gluon.jit
+def _store_rows(target, base, offset, rows, inside, D: gl.constexpr, layout: gl.constexpr):
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    offset = gl.convert_layout(offset, gl.SliceLayout(1, layout), assert_trivial=True)
+    inside = gl.convert_layout(inside, gl.SliceLayout(1, layout), assert_trivial=True)
+    value = rows.to(target.dtype.element_ty)
+    gl.store(target + base * D + (offset[:, None] * D + column[None, :]), value, mask=inside[:, None])
+
+
+@gluon.jit
+def _by_row(x, layout: gl.constexpr):
+    """x [ROWS] as a column beside a product's result in another layout."""
+    return gl.convert_layout(x, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _allocate(
+    key, value, K: gl.constexpr, V: gl.constexpr, GROUPS: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr
+):
+    """The ring of keys and values, and barriers for "filled" and "free" of BUFFERS units' rows and of its slots."""
+    keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, K], key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, KEYS, V], value.layout)
+    rows_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    rows_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(rows_full.index(i), count=1)
+        mbarrier.init(rows_empty.index(i), count=GROUPS * WARPS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS * WARPS)
+    fence_async_shared()
+    gl.barrier()
+    return keys, values, rows_full, rows_empty, full, empty
+
+
+@gluon.jit
+def _copy_forward(
+    query, key, value, key_begin, key_end, queries, keys, values, rows_full, rows_empty, full, empty,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    B: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp."""
+    GROUPS: gl.constexpr = FORWARD_GROUPS
+    done = 0
+    n = 0
+    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
+        tile, head, row = _place(unit, H, B, TILES)
+        begin, end, _ = _intervals(unit, key_begin, key_end, T, H, G, B, TILES, GROUPS, 1)
+        buffer = done % 2
+        mbarrier.wait(rows_empty.index(buffer), ((done // 2) & 1) ^ 1)
+        mbarrier.expect(rows_full.index(buffer), 2 * GROUPS * ROWS * K)
+        for group in gl.static_range(GROUPS):
+            at = (tile * GROUPS + group) * ROWS
+            copy_rows(query, queries.index(buffer * GROUPS + group), rows_full.index(buffer), row, at, head, G, K, ROWS)
+        done += 1
+        n = _copy_keys(begin, end, n, key, value, row, head, keys, values, full, empty, C, K, V, STAGES)
+
+
+@gluon.jit
+def _parts(p):
+    """Sums of p [ROWS, KEYS] that no thread needs another for: [ROWS, 8], to be added up in the end."""
+    return gl.sum(gl.reshape(p, [ROWS, KEYS // 8, 8]), 1)
+
+
+@gluon.jit
+def _online_step(score, peak, total, FACTOR: gl.constexpr):
+    """Takes in score [ROWS, KEYS]: probabilities, by what to shrink earlier sums, peak, total (of `_parts`)."""
+    new_peak = gl.maximum(peak, gl.max(score, 1) * FACTOR)
+    safe = gl.where(new_peak > float("-inf"), new_peak, 0.0)
+    shrink = gl.exp2(peak - safe)
+    p = gl.exp2(score * FACTOR - safe[:, None])
+    return p, shrink, new_peak, total * _by_row(shrink, total.type.layout) + _parts(p)
+
+
+@gluon.jit
+def _attend(
+    key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, GROUP: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The forward pass of a warpgroup."""
+    GROUPS: gl.constexpr = FORWARD_GROUPS
+    FACTOR: gl.constexpr = SCALE * LOG2E
+    of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    left_v: gl.constexpr = gl.DotOperandLayout(0, of_v, 2)
+    dtype: gl.constexpr = queries.dtype
+    nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, SCORES)
+    done = 0
+    n = 0
+    begins, ends, real = _intervals(gl.program_id(0), key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
+    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
+        first, last = _steps(begins, ends, C)
+        lower, upper = _whole(begins, ends, real, C)
+        # of the next unit, to be there when it begins
+        begins, ends, real = _intervals(unit + PROGRAMS, key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
+        base, offset, token, inside = _rows_of(unit, GROUP, GROUPS, T, H, G, B, TILES)
+        begin = gl.load(key_begin + token, mask=inside, other=0)
+        end = gl.load(key_end + token, mask=inside, other=0)
+        peak = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+        total = _parts(nothing)
+        sums = gl.full([ROWS, V], 0.0, gl.float32, of_v)
+        buffer = done % 2
+        mbarrier.wait(rows_full.index(buffer), (done // 2) & 1)
+        q = queries.index(buffer * GROUPS + GROUP)
+        if last > first:
+            slot = n % STAGES
+            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+            score = warpgroup_mma(q, as_columns(keys.index(slot), KEYS, K), nothing, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(0, deps=[score])
+            if (first < lower) | (first >= upper):
+                score = _hide(score, first, begin, end)
+            p, _, peak, total = _online_step(score, peak, total, FACTOR)
+            p = gl.convert_layout(p.to(dtype), left_v, assert_trivial=True)
+            for j in range(first + 1, last):
+                ahead = (n + 1) % STAGES
+                mbarrier.wait(full.index(ahead), ((n + 1) // STAGES) & 1)
+                score = warpgroup_mma(q, as_columns(keys.index(ahead), KEYS, K), nothing, use_acc=False, is_async=True)
+                adding = warpgroup_mma(p, as_rows(values.index(n % STAGES), KEYS, V), sums, is_async=True)
+                score = warpgroup_mma_wait(1, deps=[score])
+                if (j < lower) | (j >= upper):
+                    score = _hide(score, j, begin, end)
+                p, shrink, peak, total = _online_step(score, peak, total, FACTOR)
+                sums = warpgroup_mma_wait(0, deps=[adding])
+                arrive(empty.index(n % STAGES))
+                sums *= _by_row(shrink, of_v)
+                p = gl.convert_layout(p.to(dtype), left_v, assert_trivial=True)
+                n += 1
+            adding = warpgroup_mma(p, as_rows(values.index(n % STAGES), KEYS, V), sums, is_async=True)
+            sums = warpgroup_mma_wait(0, deps=[adding])
+            arrive(empty.index(n % STAGES))
+            n += 1
+        arrive(rows_empty.index(buffer))
+        done += 1
+        row_total = gl.convert_layout(gl.sum(total, 1), ROW)
+        seen = row_total > 0.0
+        row_total = gl.where(seen, row_total, 1.0)
+        _store_rows(output, base, offset, sums * _by_row(1.0 / row_total, of_v), inside, V, of_v)
+        row_lse = gl.where(seen, (peak + gl.log2(row_total)) * LN2, float("-inf"))
+        gl.store(lse + base + offset, row_lse, mask=inside)
+
+
+@gluon.jit
+def forward(
+    query, key, value, key_begin, key_end, output, lse,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS."""
+    queries = gl.allocate_shared_memory(query.dtype, [2 * FORWARD_GROUPS, ROWS, K], gl.NVMMASharedLayout(128, 16, 2))
+    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, FORWARD_GROUPS, 2, STAGES)
+    gl.warp_specialize(
+        [
+            (_attend, (
+                key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, 0,
+                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES,
+            )),
+            (_attend, (
+                key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, 1,
+                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES,
+            )),
+            (_attend, (
+                key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, 2,
+                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES,
+            )),
+            (_copy_forward, (
+                query, key, value, key_begin, key_end, queries, keys, values, rows_full, rows_empty, full, empty,
+                T, C, H, G, K, V, B, TILES, PROGRAMS, STAGES,
+            )),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy_backward(
+    query, key, value, output, d_output, key_begin, key_end, queries, cotangents, outputs, keys, values, rows_full,
+    rows_empty, full, empty,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    B: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp."""
+    GROUPS: gl.constexpr = BACKWARD_GROUPS
+    done = 0
+    n = 0
+    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
+        tile, head, row = _place(unit, H, B, TILES)
+        begin, end, _ = _intervals(unit, key_begin, key_end, T, H, G, B, TILES, GROUPS, 1)
+        rows = rows_full.index(0)
+        mbarrier.wait(rows_empty.index(0), (done & 1) ^ 1)
+        mbarrier.expect(rows, 2 * GROUPS * ROWS * (K + 2 * V))
+        for group in gl.static_range(GROUPS):
+            at = (tile * GROUPS + group) * ROWS
+            copy_rows(query, queries.index(group), rows, row, at, head, G, K, ROWS)
+            copy_rows(d_output, cotangents.index(group), rows, row, at, head, G, V, ROWS)
+            copy_rows(output, outputs.index(group), rows, row, at, head, G, V, ROWS)
+        done += 1
+        n = _copy_keys(begin, end, n, key, value, row, head, keys, values, full, empty, C, K, V, STAGES)
+
+
+@gluon.jit
+def _differentiate(
+    lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, outputs, keys, values,
+    rows_full, rows_empty, full, empty, GROUP: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
+):  # fmt: skip
+    """The query pass of a warpgroup."""
+    GROUPS: gl.constexpr = BACKWARD_GROUPS
+    of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    dtype: gl.constexpr = queries.dtype
+    nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, SCORES)
+    done = 0
+    n = 0
+    begins, ends, real = _intervals(gl.program_id(0), key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
+    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
+        first, last = _steps(begins, ends, C)
+        lower, upper = _whole(begins, ends, real, C)
+        # of the next unit, to be there when it begins
+        begins, ends, real = _intervals(unit + PROGRAMS, key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
+        base, offset, token, inside = _rows_of(unit, GROUP, GROUPS, T, H, G, B, TILES)
+        begin = gl.load(key_begin + token, mask=inside, other=0)
+        end = gl.load(key_end + token, mask=inside, other=0)
+        row_lse = gl.load(lse + base + offset, mask=inside, other=float("inf"))
+        mbarrier.wait(rows_full.index(0), done & 1)
+        q = queries.index(GROUP).load(LEFT)
+        do = cotangents.index(GROUP).load(LEFT)
+        row_delta = gl.sum(do.to(gl.float32) * outputs.index(GROUP).load(LEFT).to(gl.float32), 1)
+        row_delta = gl.convert_layout(row_delta, ROW, assert_trivial=True)
+        arrive(rows_empty.index(0))
+        done += 1
+        if HAS_D_LSE:
+            row_delta -= gl.load(d_lse + base + offset, mask=inside, other=0.0)
+        sees = row_lse > float("-inf")
+        row_delta = gl.where(sees, row_delta, 0.0)
+        gl.store(delta + base + offset, row_delta, mask=inside)
+        row_lse = gl.where(sees, row_lse, float("inf")) * LOG2E
+        dq = gl.full([ROWS, K], 0.0, gl.float32, of_k)
+        for j in range(first, last):
+            slot = n % STAGES
+            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+            score = warpgroup_mma(q, as_columns(keys.index(slot), KEYS, K), nothing, use_acc=False, is_async=True)
+            dp = warpgroup_mma(do, as_columns(values.index(slot), KEYS, V), nothing, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(1, deps=[score])
+            if (j < lower) | (j >= upper):
+                score = _hide(score, j, begin, end)
+            p = gl.exp2(score * (SCALE * LOG2E) - row_lse[:, None])
+            ds = p * (warpgroup_mma_wait(0, deps=[dp]) - row_delta[:, None])
+            a = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, of_k, 2), assert_trivial=True)
+            # waited for at once: left running, ptxas finds too few registers and does one product after the other
+            adding = warpgroup_mma(a, as_rows(keys.index(slot), KEYS, K), dq, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=[adding])
+            arrive(empty.index(slot))
+            n += 1
+        dq *= _by_row(gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE, of_k)
+        if HAS_BEFORE:
+            dq += _load_rows(before, base, offset, inside, K, of_k).to(gl.float32)
+        _store_rows(d_query, base, offset, dq, inside, K, of_k)
+
+
+@gluon.jit
+def backward_query(
+    query, key, value, output, d_output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta,
+    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
+):  # fmt: skip
+    """d_query [B, T, N, K] and delta float32 [B, T, N], as interval.py's `backward_query` gives. Grid: PROGRAMS."""
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    queries = gl.allocate_shared_memory(query.dtype, [BACKWARD_GROUPS, ROWS, K], tile)
+    cotangents = gl.allocate_shared_memory(d_output.dtype, [BACKWARD_GROUPS, ROWS, V], tile)
+    outputs = gl.allocate_shared_memory(output.dtype, [BACKWARD_GROUPS, ROWS, V], tile)
+    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, BACKWARD_GROUPS, 1, STAGES)
+    gl.warp_specialize(
+        [
+            (_differentiate, (
+                lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, outputs, keys,
+                values, rows_full, rows_empty, full, empty, 0,
+                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES, HAS_D_LSE, HAS_BEFORE,
+            )),
+            (_differentiate, (
+                lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, outputs, keys,
+                values, rows_full, rows_empty, full, empty, 1,
+                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES, HAS_D_LSE, HAS_BEFORE,
+            )),
+            (_copy_backward, (
+                query, key, value, output, d_output, key_begin, key_end, queries, cotangents, outputs, keys, values,
+                rows_full, rows_empty, full, empty, T, C, H, G, K, V, B, TILES, PROGRAMS, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Starts kernels/interval_hopper.py and interval_hopper_keys.py: compressed and sliding branch on Hopper GPUs."""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import launch, tiling
+from nsa_jax.residuals import Branch, or_placeholders
+from nsa_jax.segments import Intervals
+
+Array = jax.Array
+
+
+def fits(query: Array, value: Array, scale: float) -> bool:
+    """Whether these kernels do what is asked, on the device that is used."""
+    from nsa_jax.kernels import interval
+
+    (_, _, N, K), (_, _, H, V) = query.shape, value.shape
+    capability = launch.capability_of(interval.forward)  # 0 in Triton's interpreter, which does not know Gluon
+    return scale > 0 and tiling.interval_hopper(capability, (K, V), query.dtype.itemsize, N // H)
+
+
+def _shape(query: Array, value: Array, scale: float) -> dict:
+    (B, T, N, K), (_, C, H, V) = query.shape, value.shape
+    return {"T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "B": B, "SCALE": scale}
+
+
+def _units(shape: dict, rows: int) -> dict:
+    """Units of so many rows, which as many programs as fit go through."""
+    tiles = -(-shape["T"] * shape["G"] // rows)
+    return {"TILES": tiles, "PROGRAMS": min(tiles * shape["H"] * shape["B"], launch.multiprocessors())}
+
+
+def forward(
+    query: Array, key: Array, value: Array, intervals: Intervals, scale: float, pairs: int
+) -> tuple[Array, Array]:
+    """(output [B, T, N, V], lse float32 [B, T, N]), as `interval.forward` gives them.
+
+    pairs: about how many (query, key) pairs a head computes, for profiles.
+    """
+    from nsa_jax.kernels import interval_hopper as kernels
+
+    def run(query, key, value, key_begin, key_end):
+        (B, T, N, K), V = query.shape, value.shape[3]
+        shape = _shape(query, value, scale)
+        units = _units(shape, tiling.INTERVAL_HOPPER_FORWARD_ROWS)
+        return launch.launch(
+            kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
+            key_begin, key_end,
+            outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
+            programs=units["PROGRAMS"], warps=4, stages=1, flops=2 * B * N * pairs * (K + V),
+            STAGES=tiling.interval_hopper_forward_stages(K, V), **units, **shape,
+        )  # fmt: skip
+
+    output, lse = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end)
+    return output, lse
+
+
+def backward_query(
+    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, intervals: Intervals, scale: float,
+    pairs: int, before: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(d_query [B, T, N, K], delta float32 [B, T, N]), as `interval.backward_query` gives them."""
+    from nsa_jax.kernels import interval_hopper as kernels
+
+    def run(query, key, value, output, d_output, *arrays):
+        (B, T, N, K), V = query.shape, value.shape[3]
+        shape = _shape(query, value, scale)
+        units = _units(shape, tiling.INTERVAL_HOPPER_BACKWARD_ROWS)
+        return launch.launch(
+            kernels.backward_query, launch.row_pieces(query, shape["G"]), launch.key_pieces(key),
+            launch.key_pieces(value), *(launch.row_pieces(x, shape["G"]) for x in (output, d_output)), *arrays,
+            outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
+            programs=units["PROGRAMS"], warps=4, stages=1, flops=2 * B * N * pairs * (2 * K + V),
+            STAGES=tiling.interval_hopper_backward_stages(K, V), HAS_D_LSE=branch.d_lse is not None,
+            HAS_BEFORE=before is not None, **units, **shape,
+        )  # fmt: skip
+
+    d_query, delta = launch.fold_vmap(run)(
+        query, key, value, branch.output, d_output, *or_placeholders(branch, query, before),
+        intervals.key_begin, intervals.key_end,
+    )  # fmt: skip
+    return d_query, delta
+
+
+def backward_key_value(
+    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, delta: Array, intervals: Intervals,
+    scale: float, pairs: int, reach: int,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(d_key [B, C, H, K], d_value [B, C, H, V]), as `interval.backward_key_value` gives them.
+
+    reach: most queries that see one key, 0 if any number can.
+    """
+    from nsa_jax.kernels import interval_hopper_keys as kernels
+
+    def run(query, key, value, d_output, *arrays):
+        (B, T, N, K), (_, C, H, V) = query.shape, value.shape
+        shape = _shape(query, value, scale)
+        tiles = -(-C // tiling.HOPPER_KEYS)
+        shares = tiling.interval_hopper_shares(tiles * H * B, T * shape["G"], reach)
+        kind = key.dtype if shares == 1 else jnp.float32
+        d_key, d_value = launch.launch(
+            kernels.backward_key_value, launch.row_pieces(query, shape["G"]), launch.key_pieces(key),
+            launch.key_pieces(value), launch.row_pieces(d_output, shape["G"]), *arrays,
+            outputs=tuple(jax.ShapeDtypeStruct((shares, B, C, H, width), kind) for width in (K, V)),
+            programs=tiles * shares * H * B, warps=4, stages=1, registers=tiling.HOPPER_KEYS_REGISTERS,
+            flops=2 * B * N * pairs * (2 * K + 2 * V),
+            TILES=tiles, SHARES=shares, STAGES=tiling.hopper_keys_stages(K, V), **shape,
+        )  # fmt: skip
+        return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
+
+    d_key, d_value = launch.fold_vmap(run)(
+        query, key, value, d_output, branch.lse, delta, branch.weight, intervals.query_begin, intervals.query_end
+    )
+    return d_key, d_value
