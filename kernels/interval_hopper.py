@@ -21,7 +21,7 @@ WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(64)  # of a warpgroup
 KEYS = gl.constexpr(64)  # of a slot
 FORWARD_GROUPS = gl.constexpr(3)
-BACKWARD_GROUPS = gl.constexpr(2)  # three have too few registers for two operands each
+BACKWARD_GROUPS = gl.constexpr(2)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
@@ -137,17 +137,15 @@ def _by_row(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(
-    key, value, K: gl.constexpr, V: gl.constexpr, GROUPS: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr
-):
-    """The ring of keys and values, and barriers for "filled" and "free" of BUFFERS units' rows and of its slots."""
+def _allocate(key, value, K: gl.constexpr, V: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    """The ring of keys and values, and barriers for "filled" and "free" of two units' rows and of its slots."""
     keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, K], key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, KEYS, V], value.layout)
-    rows_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    rows_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    rows_full = mbarrier.allocate_mbarrier(batch=2)
+    rows_empty = mbarrier.allocate_mbarrier(batch=2)
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    for i in gl.static_range(BUFFERS):
+    for i in gl.static_range(2):
         mbarrier.init(rows_full.index(i), count=1)
         mbarrier.init(rows_empty.index(i), count=GROUPS * WARPS)
     for i in gl.static_range(STAGES):
@@ -272,7 +270,7 @@ def forward(
 ):  # fmt: skip
     """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS."""
     queries = gl.allocate_shared_memory(query.dtype, [2 * FORWARD_GROUPS, ROWS, K], gl.NVMMASharedLayout(128, 16, 2))
-    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, FORWARD_GROUPS, 2, STAGES)
+    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, FORWARD_GROUPS, STAGES)
     gl.warp_specialize(
         [
             (_attend, (
@@ -299,8 +297,8 @@ def forward(
 
 @gluon.jit
 def _copy_backward(
-    query, key, value, output, d_output, key_begin, key_end, queries, cotangents, outputs, keys, values, rows_full,
-    rows_empty, full, empty,
+    query, key, value, d_output, key_begin, key_end, queries, cotangents, keys, values, rows_full, rows_empty, full,
+    empty,
     T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     B: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -311,21 +309,21 @@ def _copy_backward(
     for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
         tile, head, row = _place(unit, H, B, TILES)
         begin, end, _ = _intervals(unit, key_begin, key_end, T, H, G, B, TILES, GROUPS, 1)
-        rows = rows_full.index(0)
-        mbarrier.wait(rows_empty.index(0), (done & 1) ^ 1)
-        mbarrier.expect(rows, 2 * GROUPS * ROWS * (K + 2 * V))
+        buffer = done % 2
+        rows = rows_full.index(buffer)
+        mbarrier.wait(rows_empty.index(buffer), ((done // 2) & 1) ^ 1)
+        mbarrier.expect(rows, 2 * GROUPS * ROWS * (K + V))
         for group in gl.static_range(GROUPS):
             at = (tile * GROUPS + group) * ROWS
-            copy_rows(query, queries.index(group), rows, row, at, head, G, K, ROWS)
-            copy_rows(d_output, cotangents.index(group), rows, row, at, head, G, V, ROWS)
-            copy_rows(output, outputs.index(group), rows, row, at, head, G, V, ROWS)
+            copy_rows(query, queries.index(buffer * GROUPS + group), rows, row, at, head, G, K, ROWS)
+            copy_rows(d_output, cotangents.index(buffer * GROUPS + group), rows, row, at, head, G, V, ROWS)
         done += 1
         n = _copy_keys(begin, end, n, key, value, row, head, keys, values, full, empty, C, K, V, STAGES)
 
 
 @gluon.jit
 def _differentiate(
-    lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, outputs, keys, values,
+    output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, keys, values,
     rows_full, rows_empty, full, empty, GROUP: gl.constexpr,
     T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
@@ -348,13 +346,14 @@ def _differentiate(
         begin = gl.load(key_begin + token, mask=inside, other=0)
         end = gl.load(key_end + token, mask=inside, other=0)
         row_lse = gl.load(lse + base + offset, mask=inside, other=float("inf"))
-        mbarrier.wait(rows_full.index(0), done & 1)
-        q = queries.index(GROUP).load(LEFT)
-        do = cotangents.index(GROUP).load(LEFT)
-        row_delta = gl.sum(do.to(gl.float32) * outputs.index(GROUP).load(LEFT).to(gl.float32), 1)
+        o = _load_rows(output, base, offset, inside, V, LEFT)
+        buffer = done % 2
+        mbarrier.wait(rows_full.index(buffer), (done // 2) & 1)
+        # operands stay in shared memory: ptxas 13.0 forgets, in a loop, what it had in registers for a product
+        q = queries.index(buffer * GROUPS + GROUP)
+        do = cotangents.index(buffer * GROUPS + GROUP)
+        row_delta = gl.sum(do.load(LEFT).to(gl.float32) * o.to(gl.float32), 1)
         row_delta = gl.convert_layout(row_delta, ROW, assert_trivial=True)
-        arrive(rows_empty.index(0))
-        done += 1
         if HAS_D_LSE:
             row_delta -= gl.load(d_lse + base + offset, mask=inside, other=0.0)
         sees = row_lse > float("-inf")
@@ -378,6 +377,8 @@ def _differentiate(
             dq = warpgroup_mma_wait(0, deps=[adding])
             arrive(empty.index(slot))
             n += 1
+        arrive(rows_empty.index(buffer))
+        done += 1
         dq *= _by_row(gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE, of_k)
         if HAS_BEFORE:
             dq += _load_rows(before, base, offset, inside, K, of_k).to(gl.float32)
@@ -393,25 +394,24 @@ def backward_query(
 ):  # fmt: skip
     """d_query [B, T, N, K] and delta float32 [B, T, N], as interval.py's `backward_query` gives. Grid: PROGRAMS."""
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    queries = gl.allocate_shared_memory(query.dtype, [BACKWARD_GROUPS, ROWS, K], tile)
-    cotangents = gl.allocate_shared_memory(d_output.dtype, [BACKWARD_GROUPS, ROWS, V], tile)
-    outputs = gl.allocate_shared_memory(output.dtype, [BACKWARD_GROUPS, ROWS, V], tile)
-    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, BACKWARD_GROUPS, 1, STAGES)
+    queries = gl.allocate_shared_memory(query.dtype, [2 * BACKWARD_GROUPS, ROWS, K], tile)
+    cotangents = gl.allocate_shared_memory(d_output.dtype, [2 * BACKWARD_GROUPS, ROWS, V], tile)
+    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, BACKWARD_GROUPS, STAGES)
     gl.warp_specialize(
         [
             (_differentiate, (
-                lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, outputs, keys,
+                output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, keys,
                 values, rows_full, rows_empty, full, empty, 0,
                 T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES, HAS_D_LSE, HAS_BEFORE,
             )),
             (_differentiate, (
-                lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, outputs, keys,
+                output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, keys,
                 values, rows_full, rows_empty, full, empty, 1,
                 T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES, HAS_D_LSE, HAS_BEFORE,
             )),
             (_copy_backward, (
-                query, key, value, output, d_output, key_begin, key_end, queries, cotangents, outputs, keys, values,
-                rows_full, rows_empty, full, empty, T, C, H, G, K, V, B, TILES, PROGRAMS, STAGES,
+                query, key, value, d_output, key_begin, key_end, queries, cotangents, keys, values, rows_full,
+                rows_empty, full, empty, T, C, H, G, K, V, B, TILES, PROGRAMS, STAGES,
             )),
         ],
         [4, 1],

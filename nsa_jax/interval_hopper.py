@@ -68,7 +68,7 @@ def backward_query(
         units = _units(shape, tiling.INTERVAL_HOPPER_BACKWARD_ROWS)
         return launch.launch(
             kernels.backward_query, launch.row_pieces(query, shape["G"]), launch.key_pieces(key),
-            launch.key_pieces(value), *(launch.row_pieces(x, shape["G"]) for x in (output, d_output)), *arrays,
+            launch.key_pieces(value), output, launch.row_pieces(d_output, shape["G"]), *arrays,
             outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=units["PROGRAMS"], warps=4, stages=1, flops=2 * B * N * pairs * (2 * K + V),
             STAGES=tiling.interval_hopper_backward_stages(K, V), HAS_D_LSE=branch.d_lse is not None,

@@ -223,9 +223,9 @@ def interval_hopper_forward_stages(key_width: int, value_width: int) -> int:
 
 
 def interval_hopper_backward_stages(key_width: int, value_width: int) -> int:
-    """Slots of the ring of kernels/interval_hopper.py, beside queries, outputs and cotangents of a unit."""
+    """Slots of the ring of kernels/interval_hopper.py, beside the queries and cotangents of two units."""
     return _interval_hopper_stages(
-        key_width, value_width, INTERVAL_HOPPER_BACKWARD_ROWS * (key_width + 2 * value_width)
+        key_width, value_width, 2 * INTERVAL_HOPPER_BACKWARD_ROWS * (key_width + value_width)
     )
 
 

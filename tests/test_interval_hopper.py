@@ -166,7 +166,7 @@ def test_rings_fit(widths):
     )  # fmt: skip
     assert min(forward, backward, keys) >= 2
     assert forward * slot + 2 * 2 * tiling.INTERVAL_HOPPER_FORWARD_ROWS * K < room
-    assert backward * slot + 2 * tiling.INTERVAL_HOPPER_BACKWARD_ROWS * (K + 2 * V) < room
+    assert backward * slot + 2 * 2 * tiling.INTERVAL_HOPPER_BACKWARD_ROWS * (K + V) < room
     assert 2 * (keys + 1) * slot < room
 
 
