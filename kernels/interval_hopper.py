@@ -1,8 +1,11 @@
-"""Attention to one interval of keys on Hopper (sm_90): the passes of interval.py from the query's side, in Gluon.
+"""Attention to one interval of keys on Hopper (sm_90): the forward pass of interval.py, in Gluon.
 
-A unit is 64 (token, head of the group) pairs for each of some warpgroups. A warp of its own copies a unit's rows, then
-its keys and values into a ring of STAGES slots; it is ahead by as much as the ring holds, across units too. While one
-warpgroup takes exponentials the others' products run.
+A unit is 64 (token, head of the group) pairs for each of three warpgroups. A warp of its own copies a unit's queries,
+then its keys and values into a ring of STAGES slots; it is ahead by as much as the ring holds, across units too. While
+one warpgroup takes exponentials the others' products run.
+
+The pass of dq stays with interval.py: it gains from queries and cotangents that wait in registers to be multiplied,
+and ptxas 13.0 makes wrong code of that (a product's operand that a loop keeps is overwritten by the next product's).
 """
 
 from triton.experimental import gluon
@@ -20,17 +23,16 @@ from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, copy_rows
 WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(64)  # of a warpgroup
 KEYS = gl.constexpr(64)  # of a slot
-FORWARD_GROUPS = gl.constexpr(3)
-BACKWARD_GROUPS = gl.constexpr(2)
+GROUPS = gl.constexpr(3)  # warpgroups
+UNIT = gl.constexpr(192)  # rows of all of them
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
 
 @gluon.constexpr_function
-def _most_tokens(group, groups):
+def _most_tokens(group):
     """A power of two no smaller than the tokens that a unit touches."""
-    return (128 if groups == 2 else 256) // group
+    return 256 // group
 
 
 @gluon.constexpr_function
@@ -48,13 +50,16 @@ def _place(unit, H: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr):
 @gluon.jit
 def _intervals(
     unit, key_begin, key_end, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr,
-    GROUPS: gl.constexpr, LANE_WARPS: gl.constexpr,
+    PARTITION: gl.constexpr,
 ):  # fmt: skip
-    """The intervals of a unit's tokens, and which tokens there are; of the last unit where there is none."""
-    TOKENS: gl.constexpr = _most_tokens(G, GROUPS)
+    """The intervals of a unit's tokens, and which tokens there are; of the last unit where there is none.
+
+    PARTITION: warps that ask, each of which gets all.
+    """
+    TOKENS: gl.constexpr = _most_tokens(G)
     tile, _, row = _place(gl.minimum(unit, TILES * H * B - 1), H, B, TILES)
-    token = tile * (GROUPS * ROWS) // G + gl.arange(0, TOKENS, layout=_lanes(TOKENS, LANE_WARPS))
-    real = (token < T) & (token * G < (tile + 1) * (GROUPS * ROWS))
+    token = tile * UNIT // G + gl.arange(0, TOKENS, layout=_lanes(TOKENS, PARTITION))
+    real = (token < T) & (token * G < (tile + 1) * UNIT)
     base = row.to(gl.int64) * T
     begin = gl.load(key_begin + base + token, mask=real, other=0)
     return begin, gl.load(key_end + base + token, mask=real, other=0), real
@@ -92,12 +97,11 @@ def _copy_keys(
 
 @gluon.jit
 def _rows_of(
-    unit, GROUP: gl.constexpr, GROUPS: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr,
-    B: gl.constexpr, TILES: gl.constexpr,
+    unit, GROUP: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Of a warpgroup's rows: where the first stands in [B, T, N], their offsets, tokens in [B, T], which are real."""
     tile, head, row = _place(unit, H, B, TILES)
-    at = (tile * GROUPS + GROUP) * ROWS
+    at = tile * UNIT + GROUP * ROWS
     slot = at + gl.arange(0, ROWS, layout=ROW)
     token = slot // G
     base = ((row.to(gl.int64) * T + at // G) * H + head) * G
@@ -110,15 +114,6 @@ def _hide(score, j, begin, end):
     where = j * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
     seen = (where[None, :] >= begin[:, None]) & (where[None, :] < end[:, None])
     return gl.where(seen, score, float("-inf"))
-
-
-@gluon.jit
-def _load_rows(source, base, offset, inside, D: gl.constexpr, layout: gl.constexpr):
-    """[ROWS, D] in a layout of products; rows that are not real read as zero."""
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    offset = gl.convert_layout(offset, gl.SliceLayout(1, layout), assert_trivial=True)
-    inside = gl.convert_layout(inside, gl.SliceLayout(1, layout), assert_trivial=True)
-    return gl.load(source + base * D + (offset[:, None] * D + column[None, :]), mask=inside[:, None], other=0.0)
 
 
 @gluon.jit
@@ -137,7 +132,7 @@ def _by_row(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(key, value, K: gl.constexpr, V: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+def _allocate(key, value, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr):
     """The ring of keys and values, and barriers for "filled" and "free" of two units' rows and of its slots."""
     keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, K], key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, KEYS, V], value.layout)
@@ -157,23 +152,22 @@ def _allocate(key, value, K: gl.constexpr, V: gl.constexpr, GROUPS: gl.constexpr
 
 
 @gluon.jit
-def _copy_forward(
+def _copy(
     query, key, value, key_begin, key_end, queries, keys, values, rows_full, rows_empty, full, empty,
     T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     B: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
-    GROUPS: gl.constexpr = FORWARD_GROUPS
     done = 0
     n = 0
     for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
         tile, head, row = _place(unit, H, B, TILES)
-        begin, end, _ = _intervals(unit, key_begin, key_end, T, H, G, B, TILES, GROUPS, 1)
+        begin, end, _ = _intervals(unit, key_begin, key_end, T, H, G, B, TILES, 1)
         buffer = done % 2
         mbarrier.wait(rows_empty.index(buffer), ((done // 2) & 1) ^ 1)
-        mbarrier.expect(rows_full.index(buffer), 2 * GROUPS * ROWS * K)
+        mbarrier.expect(rows_full.index(buffer), 2 * UNIT * K)
         for group in gl.static_range(GROUPS):
-            at = (tile * GROUPS + group) * ROWS
+            at = tile * UNIT + group * ROWS
             copy_rows(query, queries.index(buffer * GROUPS + group), rows_full.index(buffer), row, at, head, G, K, ROWS)
         done += 1
         n = _copy_keys(begin, end, n, key, value, row, head, keys, values, full, empty, C, K, V, STAGES)
@@ -202,7 +196,6 @@ def _attend(
     B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The forward pass of a warpgroup."""
-    GROUPS: gl.constexpr = FORWARD_GROUPS
     FACTOR: gl.constexpr = SCALE * LOG2E
     of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     left_v: gl.constexpr = gl.DotOperandLayout(0, of_v, 2)
@@ -210,13 +203,13 @@ def _attend(
     nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, SCORES)
     done = 0
     n = 0
-    begins, ends, real = _intervals(gl.program_id(0), key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
+    begins, ends, real = _intervals(gl.program_id(0), key_begin, key_end, T, H, G, B, TILES, WARPS)
     for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
         first, last = _steps(begins, ends, C)
         lower, upper = _whole(begins, ends, real, C)
         # of the next unit, to be there when it begins
-        begins, ends, real = _intervals(unit + PROGRAMS, key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
-        base, offset, token, inside = _rows_of(unit, GROUP, GROUPS, T, H, G, B, TILES)
+        begins, ends, real = _intervals(unit + PROGRAMS, key_begin, key_end, T, H, G, B, TILES, WARPS)
+        base, offset, token, inside = _rows_of(unit, GROUP, T, H, G, B, TILES)
         begin = gl.load(key_begin + token, mask=inside, other=0)
         end = gl.load(key_end + token, mask=inside, other=0)
         peak = gl.full([ROWS], float("-inf"), gl.float32, ROW)
@@ -269,8 +262,8 @@ def forward(
     B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS."""
-    queries = gl.allocate_shared_memory(query.dtype, [2 * FORWARD_GROUPS, ROWS, K], gl.NVMMASharedLayout(128, 16, 2))
-    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, FORWARD_GROUPS, STAGES)
+    queries = gl.allocate_shared_memory(query.dtype, [2 * GROUPS, ROWS, K], gl.NVMMASharedLayout(128, 16, 2))
+    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, STAGES)
     gl.warp_specialize(
         [
             (_attend, (
@@ -285,135 +278,11 @@ def forward(
                 key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, 2,
                 T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES,
             )),
-            (_copy_forward, (
+            (_copy, (
                 query, key, value, key_begin, key_end, queries, keys, values, rows_full, rows_empty, full, empty,
                 T, C, H, G, K, V, B, TILES, PROGRAMS, STAGES,
             )),
         ],
         [4, 4, 1],
         [160, 160, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _copy_backward(
-    query, key, value, d_output, key_begin, key_end, queries, cotangents, keys, values, rows_full, rows_empty, full,
-    empty,
-    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    B: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The copying warp."""
-    GROUPS: gl.constexpr = BACKWARD_GROUPS
-    done = 0
-    n = 0
-    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
-        tile, head, row = _place(unit, H, B, TILES)
-        begin, end, _ = _intervals(unit, key_begin, key_end, T, H, G, B, TILES, GROUPS, 1)
-        buffer = done % 2
-        rows = rows_full.index(buffer)
-        mbarrier.wait(rows_empty.index(buffer), ((done // 2) & 1) ^ 1)
-        mbarrier.expect(rows, 2 * GROUPS * ROWS * (K + V))
-        for group in gl.static_range(GROUPS):
-            at = (tile * GROUPS + group) * ROWS
-            copy_rows(query, queries.index(buffer * GROUPS + group), rows, row, at, head, G, K, ROWS)
-            copy_rows(d_output, cotangents.index(buffer * GROUPS + group), rows, row, at, head, G, V, ROWS)
-        done += 1
-        n = _copy_keys(begin, end, n, key, value, row, head, keys, values, full, empty, C, K, V, STAGES)
-
-
-@gluon.jit
-def _differentiate(
-    output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, keys, values,
-    rows_full, rows_empty, full, empty, GROUP: gl.constexpr,
-    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
-):  # fmt: skip
-    """The query pass of a warpgroup."""
-    GROUPS: gl.constexpr = BACKWARD_GROUPS
-    of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    dtype: gl.constexpr = queries.dtype
-    nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, SCORES)
-    done = 0
-    n = 0
-    begins, ends, real = _intervals(gl.program_id(0), key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
-    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
-        first, last = _steps(begins, ends, C)
-        lower, upper = _whole(begins, ends, real, C)
-        # of the next unit, to be there when it begins
-        begins, ends, real = _intervals(unit + PROGRAMS, key_begin, key_end, T, H, G, B, TILES, GROUPS, WARPS)
-        base, offset, token, inside = _rows_of(unit, GROUP, GROUPS, T, H, G, B, TILES)
-        begin = gl.load(key_begin + token, mask=inside, other=0)
-        end = gl.load(key_end + token, mask=inside, other=0)
-        row_lse = gl.load(lse + base + offset, mask=inside, other=float("inf"))
-        o = _load_rows(output, base, offset, inside, V, LEFT)
-        buffer = done % 2
-        mbarrier.wait(rows_full.index(buffer), (done // 2) & 1)
-        # operands stay in shared memory: ptxas 13.0 forgets, in a loop, what it had in registers for a product
-        q = queries.index(buffer * GROUPS + GROUP)
-        do = cotangents.index(buffer * GROUPS + GROUP)
-        row_delta = gl.sum(do.load(LEFT).to(gl.float32) * o.to(gl.float32), 1)
-        row_delta = gl.convert_layout(row_delta, ROW, assert_trivial=True)
-        if HAS_D_LSE:
-            row_delta -= gl.load(d_lse + base + offset, mask=inside, other=0.0)
-        sees = row_lse > float("-inf")
-        row_delta = gl.where(sees, row_delta, 0.0)
-        gl.store(delta + base + offset, row_delta, mask=inside)
-        row_lse = gl.where(sees, row_lse, float("inf")) * LOG2E
-        dq = gl.full([ROWS, K], 0.0, gl.float32, of_k)
-        for j in range(first, last):
-            slot = n % STAGES
-            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-            score = warpgroup_mma(q, as_columns(keys.index(slot), KEYS, K), nothing, use_acc=False, is_async=True)
-            dp = warpgroup_mma(do, as_columns(values.index(slot), KEYS, V), nothing, use_acc=False, is_async=True)
-            score = warpgroup_mma_wait(1, deps=[score])
-            if (j < lower) | (j >= upper):
-                score = _hide(score, j, begin, end)
-            p = gl.exp2(score * (SCALE * LOG2E) - row_lse[:, None])
-            ds = p * (warpgroup_mma_wait(0, deps=[dp]) - row_delta[:, None])
-            a = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, of_k, 2), assert_trivial=True)
-            # waited for at once: left running, ptxas finds too few registers and does one product after the other
-            adding = warpgroup_mma(a, as_rows(keys.index(slot), KEYS, K), dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[adding])
-            arrive(empty.index(slot))
-            n += 1
-        arrive(rows_empty.index(buffer))
-        done += 1
-        dq *= _by_row(gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE, of_k)
-        if HAS_BEFORE:
-            dq += _load_rows(before, base, offset, inside, K, of_k).to(gl.float32)
-        _store_rows(d_query, base, offset, dq, inside, K, of_k)
-
-
-@gluon.jit
-def backward_query(
-    query, key, value, output, d_output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta,
-    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
-):  # fmt: skip
-    """d_query [B, T, N, K] and delta float32 [B, T, N], as interval.py's `backward_query` gives. Grid: PROGRAMS."""
-    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    queries = gl.allocate_shared_memory(query.dtype, [2 * BACKWARD_GROUPS, ROWS, K], tile)
-    cotangents = gl.allocate_shared_memory(d_output.dtype, [2 * BACKWARD_GROUPS, ROWS, V], tile)
-    keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, BACKWARD_GROUPS, STAGES)
-    gl.warp_specialize(
-        [
-            (_differentiate, (
-                output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, keys,
-                values, rows_full, rows_empty, full, empty, 0,
-                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES, HAS_D_LSE, HAS_BEFORE,
-            )),
-            (_differentiate, (
-                output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta, queries, cotangents, keys,
-                values, rows_full, rows_empty, full, empty, 1,
-                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES, HAS_D_LSE, HAS_BEFORE,
-            )),
-            (_copy_backward, (
-                query, key, value, d_output, key_begin, key_end, queries, cotangents, keys, values, rows_full,
-                rows_empty, full, empty, T, C, H, G, K, V, B, TILES, PROGRAMS, STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
     )  # fmt: skip

@@ -84,9 +84,6 @@ def backward_query(
 
     if key.shape[1] == 0:
         return untouched(query, before), jnp.zeros_like(branch.lse)
-    if interval_hopper.fits(query, value, spec.scale):
-        pairs = _pairs(query.shape[1], key.shape[1], spec)
-        return interval_hopper.backward_query(query, key, value, d_output, branch, intervals, spec.scale, pairs, before)
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_query, kernels.backward_query, shape, query.dtype)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import launch, tiling
-from nsa_jax.residuals import Branch, or_placeholders
+from nsa_jax.residuals import Branch
 from nsa_jax.segments import Intervals
 
 Array = jax.Array
@@ -24,12 +24,6 @@ def _shape(query: Array, value: Array, scale: float) -> dict:
     return {"T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "B": B, "SCALE": scale}
 
 
-def _units(shape: dict, rows: int) -> dict:
-    """Units of so many rows, which as many programs as fit go through."""
-    tiles = -(-shape["T"] * shape["G"] // rows)
-    return {"TILES": tiles, "PROGRAMS": min(tiles * shape["H"] * shape["B"], launch.multiprocessors())}
-
-
 def forward(
     query: Array, key: Array, value: Array, intervals: Intervals, scale: float, pairs: int
 ) -> tuple[Array, Array]:
@@ -42,44 +36,18 @@ def forward(
     def run(query, key, value, key_begin, key_end):
         (B, T, N, K), V = query.shape, value.shape[3]
         shape = _shape(query, value, scale)
-        units = _units(shape, tiling.INTERVAL_HOPPER_FORWARD_ROWS)
+        tiles = -(-T * shape["G"] // tiling.INTERVAL_HOPPER_ROWS)
+        programs = min(tiles * shape["H"] * B, launch.multiprocessors())  # one fits on each
         return launch.launch(
             kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
             key_begin, key_end,
             outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
-            programs=units["PROGRAMS"], warps=4, stages=1, flops=2 * B * N * pairs * (K + V),
-            STAGES=tiling.interval_hopper_forward_stages(K, V), **units, **shape,
+            programs=programs, warps=4, stages=1, flops=2 * B * N * pairs * (K + V),
+            TILES=tiles, PROGRAMS=programs, STAGES=tiling.interval_hopper_stages(K, V), **shape,
         )  # fmt: skip
 
     output, lse = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end)
     return output, lse
-
-
-def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, intervals: Intervals, scale: float,
-    pairs: int, before: Array | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
-    """(d_query [B, T, N, K], delta float32 [B, T, N]), as `interval.backward_query` gives them."""
-    from nsa_jax.kernels import interval_hopper as kernels
-
-    def run(query, key, value, output, d_output, *arrays):
-        (B, T, N, K), V = query.shape, value.shape[3]
-        shape = _shape(query, value, scale)
-        units = _units(shape, tiling.INTERVAL_HOPPER_BACKWARD_ROWS)
-        return launch.launch(
-            kernels.backward_query, launch.row_pieces(query, shape["G"]), launch.key_pieces(key),
-            launch.key_pieces(value), output, launch.row_pieces(d_output, shape["G"]), *arrays,
-            outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
-            programs=units["PROGRAMS"], warps=4, stages=1, flops=2 * B * N * pairs * (2 * K + V),
-            STAGES=tiling.interval_hopper_backward_stages(K, V), HAS_D_LSE=branch.d_lse is not None,
-            HAS_BEFORE=before is not None, **units, **shape,
-        )  # fmt: skip
-
-    d_query, delta = launch.fold_vmap(run)(
-        query, key, value, branch.output, d_output, *or_placeholders(branch, query, before),
-        intervals.key_begin, intervals.key_end,
-    )  # fmt: skip
-    return d_query, delta
 
 
 def backward_key_value(

@@ -207,8 +207,7 @@ def hopper_keys_stages(key_width: int, value_width: int) -> int:
     return min(_HOPPER_KEYS_STAGES, room // (_HOPPER_KEYS_ROWS * (row + _HOPPER_KEYS_STATISTICS)))
 
 
-INTERVAL_HOPPER_FORWARD_ROWS = 192  # of a unit of kernels/interval_hopper.py
-INTERVAL_HOPPER_BACKWARD_ROWS = 128
+INTERVAL_HOPPER_ROWS = 192  # of a unit of kernels/interval_hopper.py
 
 
 def interval_hopper(capability: int, widths: Sequence[int], itemsize: int, group: int) -> bool:
@@ -217,20 +216,9 @@ def interval_hopper(capability: int, widths: Sequence[int], itemsize: int, group
     return capability == 90 and itemsize == 2 and fits
 
 
-def interval_hopper_forward_stages(key_width: int, value_width: int) -> int:
-    """Slots of the ring of kernels/interval_hopper.py, beside the queries of two units."""
-    return _interval_hopper_stages(key_width, value_width, 2 * INTERVAL_HOPPER_FORWARD_ROWS * key_width)
-
-
-def interval_hopper_backward_stages(key_width: int, value_width: int) -> int:
-    """Slots of the ring of kernels/interval_hopper.py, beside the queries and cotangents of two units."""
-    return _interval_hopper_stages(
-        key_width, value_width, 2 * INTERVAL_HOPPER_BACKWARD_ROWS * (key_width + value_width)
-    )
-
-
-def _interval_hopper_stages(key_width: int, value_width: int, others: int) -> int:
-    room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - 2 * others
+def interval_hopper_stages(key_width: int, value_width: int) -> int:
+    """Slots of the ring of kernels/interval_hopper.py, beside the queries of two units, for elements of two bytes."""
+    room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - 2 * 2 * INTERVAL_HOPPER_ROWS * key_width
     return min(_HOPPER_STAGES, room // (2 * HOPPER_KEYS * (key_width + value_width)))
 
 
