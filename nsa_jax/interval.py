@@ -53,7 +53,8 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
 
     if key.shape[1] == 0:
         return nothing_seen(query, value)
-    if interval_hopper.fits(query, value, spec.scale):
+    most_seen = spec.reach or key.shape[1]
+    if most_seen >= tiling.INTERVAL_HOPPER_KEYS and interval_hopper.fits(query, value, spec.scale):
         pairs = _pairs(query.shape[1], key.shape[1], spec)
         return interval_hopper.forward(query, key, value, intervals, spec.scale, pairs)
     shape = _shape(query, key, value, spec)

@@ -208,6 +208,7 @@ def hopper_keys_stages(key_width: int, value_width: int) -> int:
 
 
 INTERVAL_HOPPER_ROWS = 192  # of a unit of kernels/interval_hopper.py
+INTERVAL_HOPPER_KEYS = 512  # seen by a query at most: where it is fewer, beginning and ending a unit costs too much
 
 
 def interval_hopper(capability: int, widths: Sequence[int], itemsize: int, group: int) -> bool:

@@ -51,7 +51,8 @@ COMPRESSED = [
 
 
 @pytest.fixture
-def hopper():
+def hopper(monkeypatch):
+    monkeypatch.setattr(tiling, "INTERVAL_HOPPER_KEYS", 0)  # the forward kernel for short rows too
     if launch.compute_capability() != 90:
         pytest.skip("needs a Hopper GPU")
 
