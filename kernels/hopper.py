@@ -9,6 +9,12 @@ LN2 = gl.constexpr(0.6931471805599453)
 WIDTH = gl.constexpr(64)  # columns of rows that are copied at once
 
 
+@gluon.constexpr_function
+def product_layout(columns):
+    """How a warpgroup has a product [64, columns] in its registers."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
 @gluon.jit
 def arrive(barrier):
     """Arrives once for this warp, when all its threads are here."""
@@ -30,6 +36,16 @@ def as_rows(slot, KEYS: gl.constexpr, D: gl.constexpr):
 def as_columns(slot, KEYS: gl.constexpr, D: gl.constexpr):
     """A tile in shared memory as [D, KEYS]."""
     return slot.reinterpret(slot.dtype, [D, KEYS], gl.NVMMASharedLayout(128, 16, 2, transposed=True))
+
+
+@gluon.jit
+def store_rows(target, base, offset, rows, inside, D: gl.constexpr, layout: gl.constexpr):
+    """Stores rows [.., D] as the rows base + offset of target [.., D], where they are inside."""
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    offset = gl.convert_layout(offset, gl.SliceLayout(1, layout), assert_trivial=True)
+    inside = gl.convert_layout(inside, gl.SliceLayout(1, layout), assert_trivial=True)
+    value = rows.to(target.dtype.element_ty)
+    gl.store(target + base * D + (offset[:, None] * D + column[None, :]), value, mask=inside[:, None])
 
 
 @gluon.jit

@@ -15,13 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import LOG2E, arrive, as_columns, as_rows
+from .hopper import LOG2E, arrive, as_columns, as_rows, product_layout
 
 WARPS = gl.constexpr(4)
 KEYS = gl.constexpr(64)
 ROWS = gl.constexpr(64)
 STATISTICS = gl.constexpr(3)  # of a row: lse in base 2, delta, weight
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+SCORES = gl.constexpr(product_layout(64))
 KEY = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 ROW = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 LANES = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # a slot's rows in one warp
@@ -92,8 +92,8 @@ def add_gradients(
     p, v, dk, dv, queries, cotangents, statistics, n, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr
 ):
     """dk [KEYS, K], still unscaled, and dv [KEYS, V] with what the n-th slot gives, products still running."""
-    of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    of_k: gl.constexpr = product_layout(K)
+    of_v: gl.constexpr = product_layout(V)
     dtype: gl.constexpr = queries.dtype
     slot = n % STAGES
     q, do = queries.index(slot), cotangents.index(slot)
@@ -110,7 +110,7 @@ def add_gradients(
 @gluon.jit
 def store_keys(target, base, count, sums, H: gl.constexpr, D: gl.constexpr):
     """Stores the first `count` rows of sums [KEYS, D] as every H-th row of target [.., D], from row `base` on."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    layout: gl.constexpr = product_layout(D)
     local = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     offset = local[:, None] * (H * D) + column[None, :]

@@ -18,14 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, copy_rows
+from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, copy_rows, product_layout, store_rows
 
 WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(64)  # of a warpgroup
 KEYS = gl.constexpr(64)  # of a slot
 GROUPS = gl.constexpr(3)  # warpgroups
 UNIT = gl.constexpr(192)  # rows of all of them
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+SCORES = gl.constexpr(product_layout(64))
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
 
@@ -117,15 +117,6 @@ def _hide(score, j, begin, end):
 
 
 @gluon.jit
-def _store_rows(target, base, offset, rows, inside, D: gl.constexpr, layout: gl.constexpr):
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    offset = gl.convert_layout(offset, gl.SliceLayout(1, layout), assert_trivial=True)
-    inside = gl.convert_layout(inside, gl.SliceLayout(1, layout), assert_trivial=True)
-    value = rows.to(target.dtype.element_ty)
-    gl.store(target + base * D + (offset[:, None] * D + column[None, :]), value, mask=inside[:, None])
-
-
-@gluon.jit
 def _by_row(x, layout: gl.constexpr):
     """x [ROWS] as a column beside a product's result in another layout."""
     return gl.convert_layout(x, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
@@ -197,7 +188,7 @@ def _attend(
 ):  # fmt: skip
     """The forward pass of a warpgroup."""
     FACTOR: gl.constexpr = SCALE * LOG2E
-    of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    of_v: gl.constexpr = product_layout(V)
     left_v: gl.constexpr = gl.DotOperandLayout(0, of_v, 2)
     dtype: gl.constexpr = queries.dtype
     nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, SCORES)
@@ -250,7 +241,7 @@ def _attend(
         row_total = gl.convert_layout(gl.sum(total, 1), ROW)
         seen = row_total > 0.0
         row_total = gl.where(seen, row_total, 1.0)
-        _store_rows(output, base, offset, sums * _by_row(1.0 / row_total, of_v), inside, V, of_v)
+        store_rows(output, base, offset, sums * _by_row(1.0 / row_total, of_v), inside, V, of_v)
         row_lse = gl.where(seen, (peak + gl.log2(row_total)) * LN2, float("-inf"))
         gl.store(lse + base + offset, row_lse, mask=inside)
 

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_init, warpgroup_mma_wait
 
-from .hopper import as_rows, copy_rows
+from .hopper import as_rows, copy_rows, product_layout
 from .hopper_keys import (
     KEY,
     KEYS,
@@ -106,8 +106,8 @@ def _multiply(
     B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, SHARES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warpgroup."""
-    of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    of_k: gl.constexpr = product_layout(K)
+    of_v: gl.constexpr = product_layout(V)
     tile, share, head, row = _program(H, TILES, SHARES)
     begin, end, inside = _intervals(query_begin, query_end, tile, row, C, gl.BlockedLayout([2], [32], [WARPS], [0]))
     first, last = _slots(begin, end, share, T, G, SHARES)

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma
 
-from .hopper import LN2, LOG2E, arrive, as_columns, as_rows
+from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, store_rows
 
 WARPS = gl.constexpr(8)
 ROWS = gl.constexpr(128)
@@ -109,13 +109,6 @@ def _load_rows(source, base, offset, inside, D: gl.constexpr, layout: gl.constex
     """[ROWS, D] in a layout; rows that are not real read as zero."""
     column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     return gl.load(source + base * D + (offset[:, None] * D + column[None, :]), mask=inside[:, None], other=0.0)
-
-
-@gluon.jit
-def _store_rows(target, base, offset, rows, inside, D: gl.constexpr, layout: gl.constexpr):
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    value = rows.to(target.dtype.element_ty)
-    gl.store(target + base * D + (offset[:, None] * D + column[None, :]), value, mask=inside[:, None])
 
 
 @gluon.jit
@@ -230,7 +223,7 @@ def _attend(
             n += 1
         seen = total > 0.0
         total = gl.where(seen, total, 1.0)
-        _store_rows(output, base, offset, sums * (1.0 / total)[:, None], inside, V, MMA)
+        store_rows(output, base, offset, sums * (1.0 / total)[:, None], inside, V, MMA)
         gl.store(lse + base + offset, gl.where(seen, (peak + gl.log2(total)) * LN2, float("-inf")), mask=inside)
 
 
@@ -356,7 +349,7 @@ def _differentiate(
         dq *= (gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE)[:, None]
         if HAS_BEFORE:
             dq += _load_rows(before, base, offset, inside, K, MMA).to(gl.float32)
-        _store_rows(d_query, base, offset, dq, inside, K, MMA)
+        store_rows(d_query, base, offset, dq, inside, K, MMA)
 
 
 @gluon.jit

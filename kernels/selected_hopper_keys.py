@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_init, warpgroup_mma_wait
 
-from .hopper import WIDTH, arrive, as_rows
+from .hopper import WIDTH, arrive, as_rows, product_layout
 from .hopper_keys import (
     KEY,
     KEYS,
@@ -31,6 +31,22 @@ def _program(H: gl.constexpr, SHARES: gl.constexpr, PROGRAMS: gl.constexpr):
 
 
 @gluon.jit
+def _choosers(items, item, item_first, item_count, G: gl.constexpr):
+    """Where an item's choosers begin, and how many (chooser, head of the group) pairs they make."""
+    return gl.load(item_first + items + item), gl.load(item_count + items + item) * G
+
+
+@gluon.jit
+def _item(
+    items, item, item_block, item_first, item_count, block_begin, row, share, G: gl.constexpr, BLOCKS: gl.constexpr
+):
+    """An item's block, its `_choosers`, and the first key of a share of the block."""
+    block = gl.load(item_block + items + item)
+    first, slots = _choosers(items, item, item_first, item_count, G)
+    return block, first, slots, gl.load(block_begin + row * BLOCKS + block) + share * KEYS
+
+
+@gluon.jit
 def _copy(
     query, d_output, key, value, choosers, item_block, item_first, item_count, item_total, block_begin,
     keys, values, queries, cotangents, keys_full, keys_empty, full, empty,
@@ -45,10 +61,9 @@ def _copy(
     done = 0
     n = 0
     for item in range(worker, gl.load(item_total + row * H + head), PROGRAMS):
-        block = gl.load(item_block + items + item)
-        first = gl.load(item_first + items + item)
-        slots = gl.load(item_count + items + item) * G
-        first_key = gl.load(block_begin + row * BLOCKS + block) + share * KEYS
+        _, first, slots, first_key = _item(
+            items, item, item_block, item_first, item_count, block_begin, row, share, G, BLOCKS
+        )
         mbarrier.wait(keys_empty, (done & 1) ^ 1)
         mbarrier.expect(keys_full, 2 * KEYS * (K + V))
         tma.async_load(key, [row, first_key, head * K], keys_full, keys)
@@ -89,8 +104,7 @@ def _bring(
     base = (row.to(gl.int64) * T * H + head) * G
     n = 0
     for item in range(worker, gl.load(item_total + row * H + head), PROGRAMS):
-        first = gl.load(item_first + items + item)
-        slots = gl.load(item_count + items + item) * G
+        first, slots = _choosers(items, item, item_first, item_count, G)
         for i in range((slots + ROWS - 1) // ROWS):
             place = i * ROWS + gl.arange(0, ROWS, layout=LANES)
             token = gl.load(choosers + first + place // G, mask=place < slots, other=0) >> 1
@@ -111,18 +125,17 @@ def _multiply(
     PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warpgroup."""
-    of_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    of_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    of_k: gl.constexpr = product_layout(K)
+    of_v: gl.constexpr = product_layout(V)
     share, worker, head, row = _program(H, BLOCK // KEYS, PROGRAMS)
     items = (row * H + head).to(gl.int64) * ITEMS
     k, v = as_rows(keys, KEYS, K), as_rows(values, KEYS, V)
     done = 0
     n = 0
     for item in range(worker, gl.load(item_total + row * H + head), PROGRAMS):
-        block = gl.load(item_block + items + item)
-        first = gl.load(item_first + items + item)
-        slots = gl.load(item_count + items + item) * G
-        first_key = gl.load(block_begin + row * BLOCKS + block) + share * KEYS
+        block, first, slots, first_key = _item(
+            items, item, item_block, item_first, item_count, block_begin, row, share, G, BLOCKS
+        )
         # a block's choosers are distinct tokens, ascending from its first: only so many stand in it
         near = (BLOCK - gl.load(item_rank + items + item)) * G
         dk = warpgroup_mma_init(gl.full([KEYS, K], 0.0, gl.float32, of_k))

@@ -29,3 +29,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def hopper():
+    """Skips the test unless kernels are compiled for a Hopper GPU."""
+    from nsa_jax import launch
+
+    if launch.compute_capability() != 90:
+        pytest.skip("needs a Hopper GPU")
