@@ -164,10 +164,10 @@ def query_tiles(kernel, rows: int, group: int, *arrays: Array) -> tuple[Array | 
     return arrays
 
 
-def row_pieces(x: Array, group: int) -> Tiled:
-    """x [B, T, N, D] as the kernels for Hopper copy queries: 64 columns of 64 (token, head of the group) pairs."""
-    heads = min(group, 64)
-    return Tiled(x, (1, 64 // heads, heads, 64), swizzled=True)
+def row_pieces(x: Array, group: int, rows: int = 64) -> Tiled:
+    """x [B, T, N, D] as the kernels for Hopper copy queries: 64 columns of `rows` (token, head of the group) pairs."""
+    heads = min(group, rows)
+    return Tiled(x, (1, rows // heads, heads, 64), swizzled=True)
 
 
 def token_pieces(x: Array, group: int) -> Tiled:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import checks, launch, reference, segments, tiling
+from nsa_jax import checks, launch, reference, segments, selection_hopper, tiling
 
 Array = jax.Array
 
@@ -100,29 +100,25 @@ def _triton(
     if key.shape[1] == 0:
         key = jnp.zeros((B, 1, H, K), key.dtype)  # an array the kernel can be given; nobody sees it
 
-    tile = tiling.selection(
-        launch.capability_of(kernels.select),
-        sum(tiling.parts(K)),
-        query.dtype.itemsize,
-        N // H,
-        S,
-        block_size // stride,
-    )
+    share, capability = block_size // stride, launch.capability_of(kernels.select)
+    tile = tiling.selection(capability, sum(tiling.parts(K)), query.dtype.itemsize, N // H, S, share)
     constants = {
-        "T": T, "C": key.shape[1], "H": H, "G": N // H, "K": K, "S": S, "SCALE": scale, "SHARE": block_size // stride,
-        "REACH": window // stride, "INIT": min(num_init_blocks, num_blocks), "LOCAL": min(num_local_blocks, num_blocks),
-        "TOKENS": tile.tokens, "HEADS": tile.heads, "KEYS": tile.keys, "PARTS": tile.parts, "LIST": tile.entries,
-        "K_PARTS": tiling.parts(K), "PRECISION": launch.dot_precision(),
+        "S": S, "SCALE": scale, "SHARE": share, "REACH": window // stride, "INIT": min(num_init_blocks, num_blocks),
+        "LOCAL": min(num_local_blocks, num_blocks),
     }  # fmt: skip
 
     def run(query, key, *arrays):
-        B = query.shape[0]
+        B, C = key.shape[:2]
+        flops = B * N * T * (T // stride) * K
+        if selection_hopper.fits(query, key, S, share):
+            return selection_hopper.select(query, key, *arrays, flops=flops, **constants)
         tiles = -(-T // tile.tokens)
         (block_indices,) = launch.launch(
             kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays,
             outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
-            programs=H * tiles * B if S else 0, warps=tile.warps, stages=tile.stages,
-            flops=B * N * T * (T // stride) * K, TILES=tiles, **constants,
+            programs=H * tiles * B if S else 0, warps=tile.warps, stages=tile.stages, flops=flops,
+            T=T, C=C, H=H, G=N // H, K=K, TOKENS=tile.tokens, HEADS=tile.heads, KEYS=tile.keys, PARTS=tile.parts,
+            LIST=tile.entries, TILES=tiles, K_PARTS=tiling.parts(K), PRECISION=launch.dot_precision(), **constants,
         )  # fmt: skip
         return block_indices
 

@@ -283,7 +283,7 @@ _SELECTION_SCRATCH = 16 * 1024  # bytes that layout changes take
 
 def selection(capability: int, columns: int, itemsize: int, group: int, count: int, share: int) -> SelectionTile:
     """Tile of kernels/selection.py; columns: key columns, count: most blocks to select, share: strides in a block."""
-    heads, entries = power_of_two(group), max(32, power_of_two(max(count, 1)))
+    heads, entries = power_of_two(group), selection_entries(count)
     if capability == INTERPRETER:
         tile, blocks = Tile(64, 32, 4, 1), 32
     else:
@@ -297,6 +297,30 @@ def selection(capability: int, columns: int, itemsize: int, group: int, count: i
     return SelectionTile(
         tokens, max(heads, 16 // tokens), keys, max(1, blocks * share // keys), entries, tile.warps, tile.stages
     )
+
+
+def selection_entries(count: int) -> int:
+    """Entries in a token's list, of which it uses at most `count`."""
+    return max(32, power_of_two(max(count, 1)))
+
+
+SELECTION_HOPPER_ROWS = 256  # of a unit of kernels/selection_hopper.py
+_SELECTION_HOPPER_WINDOWS = 256  # in a chunk
+
+
+def selection_hopper(capability: int, width: int, itemsize: int, group: int, count: int, share: int) -> bool:
+    """Whether kernels/selection_hopper.py is for this architecture and shape; width: of keys, count and share as in
+    `selection`."""
+    fits = width in (64, 128) and group in (8, 16, 32, 64) and count <= 64 and share in (1, 2, 4, 8)
+    return capability == 90 and itemsize == 2 and fits
+
+
+def selection_hopper_stages(width: int, group: int) -> int:
+    """Slots of the ring of kernels/selection_hopper.py, beside the queries of two units and two chunks of sums."""
+    queries = 2 * 2 * SELECTION_HOPPER_ROWS * width
+    sums = 2 * 4 * SELECTION_HOPPER_ROWS // group * _SELECTION_HOPPER_WINDOWS
+    room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - queries - sums
+    return min(_HOPPER_STAGES, room // (2 * HOPPER_KEYS * width))
 
 
 def selected_does_sliding(window_size: int, block_size: int) -> bool:

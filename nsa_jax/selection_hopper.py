@@ -1,0 +1,35 @@
+"""Starts kernels/selection_hopper.py: selection on Hopper GPUs."""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import launch, tiling
+
+Array = jax.Array
+
+
+def fits(query: Array, key: Array, count: int, share: int) -> bool:
+    """Whether this kernel does what is asked, on the device that is used; arguments as in `tiling.selection`."""
+    from nsa_jax.kernels import selection
+
+    (_, _, N, K), H = query.shape, key.shape[2]
+    capability = launch.capability_of(selection.select)  # 0 in Triton's interpreter, which does not know Gluon
+    return tiling.selection_hopper(capability, K, query.dtype.itemsize, N // H, count, share)
+
+
+def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: int, **constants) -> Array:
+    """block_indices int32 [B, T, H, S]; arrays and constants are those of the kernel."""
+    from nsa_jax.kernels import selection_hopper as kernels
+
+    (B, T, N, K), H = query.shape, key.shape[2]
+    G = N // H
+    tiles = -(-T * G // tiling.SELECTION_HOPPER_ROWS)
+    programs = min(tiles * H * B, launch.multiprocessors())  # one fits on each
+    (block_indices,) = launch.launch(
+        kernels.select, launch.row_pieces(query, G, tiling.SELECTION_HOPPER_ROWS // 2), launch.key_pieces(key), *arrays,
+        outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
+        programs=programs if S else 0, warps=4, stages=1, flops=flops,
+        T=T, H=H, G=G, K=K, B=B, S=S, SHARE=SHARE, LIST=tiling.selection_entries(S), TILES=tiles, PROGRAMS=programs,
+        STAGES=tiling.selection_hopper_stages(K, G), **constants,
+    )  # fmt: skip
+    return block_indices

@@ -1,0 +1,164 @@
+"""Selection's Gluon kernel for Hopper GPUs against plain jnp, in bfloat16 and float16."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_same_bits, float32_of, normal, packing, qkv, row, spans
+from test_selection import assert_well_formed, forced
+
+from nsa_jax import compressed_attention, select_blocks, selection_hopper, tiling
+
+# packed, T, G, H, K, block_size, window, stride, S, dtype
+CASES = [
+    (False, 1, 16, 1, 64, 64, 64, 64, 4, "bfloat16"),
+    (True, 63, 8, 3, 128, 16, 4, 2, 2, "bfloat16"),
+    (True, 257, 16, 2, 128, 16, 16, 16, 3, "bfloat16"),
+    (False, 333, 32, 1, 64, 32, 16, 16, 5, "float16"),
+    (True, 600, 64, 1, 128, 16, 8, 4, 4, "bfloat16"),
+    (False, 1200, 8, 2, 64, 16, 4, 2, 9, "bfloat16"),  # several chunks, windows across their edges
+    (False, 1200, 16, 1, 128, 16, 6, 2, 37, "bfloat16"),  # a list of more than 32
+    (True, 4700, 16, 1, 128, 16, 16, 16, 6, "bfloat16"),
+    (False, 5000, 32, 1, 128, 16, 16, 16, 16, "float16"),
+]
+
+
+def arrays(seed, B, T, N, H, K, window, stride, dtype, segment_ids=None):
+    """Query, compressed keys and the lse of the compressed branch."""
+    query, key, value = qkv(seed, B, T, N, H, K, 4, C=T // stride, dtype=dtype)
+    options = {"window": window, "stride": stride, "segment_ids": segment_ids}
+    _, lse = compressed_attention(*float32_of((query, key, value)), implementation="xla", return_residual=True, **options)
+    return query, key, lse
+
+
+def select(implementation, **options):
+    return jax.jit(functools.partial(select_blocks, implementation=implementation, **options))
+
+
+def is_within(inner, outer):
+    """[B, T, H]: whether all blocks that are listed in the one are in the other, too."""
+    return np.asarray(((inner[..., :, None] == outer[..., None, :]) | (inner < 0)[..., None]).any(-1).all(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(hopper, case):
+    packed, T, G, H, K, block_size, window, stride, S, dtype = case
+    segment_ids = packing(T) if packed else None
+    query, key, lse = arrays(T, 2 if packed else 1, T, G * H, H, K, window, stride, dtype, segment_ids)
+    assert selection_hopper.fits(query, key, min(S, -(-T // block_size)), block_size // stride)
+    options = {"block_size": block_size, "window": window, "stride": stride, "segment_ids": segment_ids}
+    run = select("triton", block_counts=S, **options)
+    actual = np.asarray(run(query, key, lse))
+    assert actual.shape == (*query.shape[:2], H, S) and actual.dtype == np.int32
+    assert_well_formed(actual)
+    fewer, expected, more = (
+        np.asarray(select("xla", block_counts=count, **options)(*float32_of((query, key)), lse))
+        for count in (S - 1, S, S + 1)
+    )
+    # sums in another order: of two blocks that are all but equally important the other one may be the last
+    np.testing.assert_array_equal((actual >= 0).sum(-1), (expected >= 0).sum(-1))
+    assert is_within(fewer, actual).all() and is_within(actual, more).all()
+    assert (actual == expected).all(-1).mean() > 0.99
+    assert_same_bits([run(query, key, lse)], [actual])
+    if packed:
+        np.testing.assert_array_equal(actual[np.asarray(segment_ids) < 0], -1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_init, num_local", [(0, 1), (1, 3), (2, 2), (3, 1)])
+def test_forced_blocks_and_counts(hopper, num_init, num_local):
+    T, S, block_size = 100, 4, 16
+    segment_ids = jnp.asarray(row(T, (1, 80), (2, 20)))[None]
+    inputs = arrays(3, 1, T, 16, 1, 64, block_size, block_size, "bfloat16", segment_ids)
+    counts = np.random.default_rng(num_init).integers(-1, S + 2, (1, T, 1)).astype(np.int32)
+    actual = select(
+        "triton", block_size=block_size, segment_ids=segment_ids, block_counts=jnp.asarray(counts), max_block_count=S,
+        num_init_blocks=num_init, num_local_blocks=num_local,
+    )(*inputs)  # fmt: skip
+    assert_well_formed(np.asarray(actual))
+    for t in range(T):
+        own = (t if t < 80 else t - 80) // block_size
+        count = np.clip(counts[0, t, 0], 0, S)
+        listed = [j for j in np.asarray(actual[0, t, 0]) if j >= 0]
+        assert len(listed) == min(count, own + 1) and all(j <= own for j in listed)
+        assert set(forced(own, num_init, num_local)[:count]) <= set(listed)
+
+
+@pytest.mark.gpu
+def test_ties_go_to_the_smaller_index(hopper):
+    T, block_size, S = 700, 16, 5
+    # whole numbers, exact in any order of summation, and equal keys: equal importances
+    query = jnp.round(normal(4, 1, T, 8, 64)).astype(jnp.bfloat16)
+    key = jnp.broadcast_to(jnp.round(normal(5, 64)).astype(jnp.bfloat16), (1, T // block_size, 1, 64))
+    actual = select("triton", block_counts=S, block_size=block_size)(query, key, jnp.full((1, T, 8), 5.0))
+    for t in range(T):
+        own = t // block_size
+        expected = forced(own, 1, 2)
+        expected += [j for j in range(own + 1) if j not in expected]
+        expected = sorted(expected[:S])
+        assert list(actual[0, t, 0]) == expected + [-1] * (S - len(expected))
+
+
+@pytest.mark.gpu
+def test_packed_equals_alone(hopper):
+    T = 700
+    options = {"block_counts": 5, "block_size": 16, "window": 8, "stride": 4}
+    segment_ids = jnp.asarray(row(T, (-1, 3), (0, 333), (1, 1), (-1, 5), (0, 270), (-1, 88)))[None]
+    inputs = arrays(6, 1, T, 16, 1, 64, 8, 4, "bfloat16", segment_ids)
+    packed = np.asarray(select("triton", segment_ids=segment_ids, **options)(*inputs))
+    slot = 0
+    for start, stop in spans(np.asarray(segment_ids[0])):
+        slots = (stop - start) // 4
+        windows = max((stop - start - 8) // 4 + 1, 0)
+        key = jnp.pad(inputs[1][:, slot : slot + windows], ((0, 0), (0, slots - windows), (0, 0), (0, 0)))
+        alone = select("triton", **options)(inputs[0][:, start:stop], key, inputs[2][:, start:stop])
+        np.testing.assert_array_equal(packed[:, start:stop], alone)
+        slot += windows
+
+
+@pytest.mark.gpu
+def test_nan_on_padding_and_in_empty_slots_stays_there(hopper):
+    T = 163
+    segment_ids = packing(T)
+    query, key, lse = arrays(7, 2, T, 32, 2, 64, 8, 4, "bfloat16", segment_ids)
+    run = select("triton", block_counts=3, block_size=16, window=8, stride=4, segment_ids=segment_ids)
+    padding = np.asarray(segment_ids < 0)
+    full = sum(max((stop - start - 8) // 4 + 1, 0) for start, stop in spans(np.asarray(segment_ids[0])))
+    empty = np.arange(T // 4) >= np.asarray([[full], [0]])
+    poisoned = (
+        jnp.where(padding[..., None, None], jnp.nan, query),
+        jnp.where(empty[..., None, None], jnp.nan, key),
+        jnp.where(padding[..., None], jnp.nan, lse),
+    )
+    assert_same_bits([run(*poisoned)], [run(query, key, lse)])
+
+
+@pytest.mark.gpu
+def test_vmap_equals_a_loop(hopper):
+    run = functools.partial(select_blocks, block_counts=3, block_size=16, implementation="triton")
+    inputs = [jnp.stack(pair) for pair in zip(*(arrays(s, 1, 90, 16, 1, 64, 16, 16, "bfloat16") for s in (8, 9)))]
+    assert_same_bits(jax.jit(jax.vmap(run))(*inputs), [run(*(x[i] for x in inputs)) for i in range(2)])
+
+
+def test_where_it_is_used():
+    def used(capability=90, width=128, itemsize=2, group=16, count=16, share=1):
+        return tiling.selection_hopper(capability, width, itemsize, group, count, share)
+
+    assert all(used(group=group, width=64, share=8, count=64) for group in (8, 16, 32, 64))
+    for other in (
+        {"capability": tiling.INTERPRETER}, {"capability": 80}, {"capability": 100}, {"itemsize": 4}, {"group": 4},
+        {"group": 12}, {"group": 128}, {"width": 192}, {"width": 32}, {"count": 65}, {"share": 16},
+    ):  # fmt: skip
+        assert not used(**other), other
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("group", [8, 16, 32, 64])
+def test_ring_fits(width, group):
+    stages = tiling.selection_hopper_stages(width, group)
+    assert stages >= 2
+    queries, sums = 2 * 2 * 256 * width, 2 * 4 * 256 // group * 256
+    assert stages * 2 * 64 * width + queries + sums < 1024 * tiling.SHARED_MEMORY[90]
