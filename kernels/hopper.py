@@ -1,4 +1,5 @@
-"""What the kernels for Hopper (sm_90), written in Gluon, share: barriers, tiles in shared memory, copies of rows."""
+"""What the kernels for Hopper (sm_90), written in Gluon, share: barriers, tiles in shared memory, copies of rows, the
+order of units."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,6 +14,18 @@ WIDTH = gl.constexpr(64)  # columns of rows that are copied at once
 def product_layout(columns):
     """How a warpgroup has a product [64, columns] in its registers."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def lanes(tokens, warps):
+    """How each of so many warps has all tokens in its registers."""
+    return gl.BlockedLayout([max(1, tokens // 32)], [32], [warps], [0])
+
+
+@gluon.jit
+def place_of(unit, H: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr):
+    """The tile, head and row of the batch of a unit; late tokens, which see most, first."""
+    return TILES - 1 - unit // (H * B), unit % H, unit // H % B
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, copy_rows, product_layout, store_rows
+from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, copy_rows, lanes, place_of, product_layout, store_rows
 
 WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(64)  # of a warpgroup
@@ -35,18 +35,6 @@ def _most_tokens(group):
     return 256 // group
 
 
-@gluon.constexpr_function
-def _lanes(tokens, warps):
-    """All tokens in every warp."""
-    return gl.BlockedLayout([max(1, tokens // 32)], [32], [warps], [0])
-
-
-@gluon.jit
-def _place(unit, H: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr):
-    """The tile of rows, head and row of the batch of a unit; late tokens, which see most, first."""
-    return TILES - 1 - unit // (H * B), unit % H, unit // H % B
-
-
 @gluon.jit
 def _intervals(
     unit, key_begin, key_end, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr,
@@ -57,8 +45,8 @@ def _intervals(
     PARTITION: warps that ask, each of which gets all.
     """
     TOKENS: gl.constexpr = _most_tokens(G)
-    tile, _, row = _place(gl.minimum(unit, TILES * H * B - 1), H, B, TILES)
-    token = tile * UNIT // G + gl.arange(0, TOKENS, layout=_lanes(TOKENS, PARTITION))
+    tile, _, row = place_of(gl.minimum(unit, TILES * H * B - 1), H, B, TILES)
+    token = tile * UNIT // G + gl.arange(0, TOKENS, layout=lanes(TOKENS, PARTITION))
     real = (token < T) & (token * G < (tile + 1) * UNIT)
     base = row.to(gl.int64) * T
     begin = gl.load(key_begin + base + token, mask=real, other=0)
@@ -97,12 +85,13 @@ def _copy_keys(
 
 @gluon.jit
 def _rows_of(
-    unit, GROUP: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr,
+    unit, layout: gl.constexpr, GROUP: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr,
+    B: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Of a warpgroup's rows: where the first stands in [B, T, N], their offsets, tokens in [B, T], which are real."""
-    tile, head, row = _place(unit, H, B, TILES)
+    tile, head, row = place_of(unit, H, B, TILES)
     at = tile * UNIT + GROUP * ROWS
-    slot = at + gl.arange(0, ROWS, layout=ROW)
+    slot = at + gl.arange(0, ROWS, layout=layout)
     token = slot // G
     base = ((row.to(gl.int64) * T + at // G) * H + head) * G
     return base, (token - at // G) * (H * G) + slot % G, row.to(gl.int64) * T + token, token < T
@@ -152,7 +141,7 @@ def _copy(
     done = 0
     n = 0
     for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
-        tile, head, row = _place(unit, H, B, TILES)
+        tile, head, row = place_of(unit, H, B, TILES)
         begin, end, _ = _intervals(unit, key_begin, key_end, T, H, G, B, TILES, 1)
         buffer = done % 2
         mbarrier.wait(rows_empty.index(buffer), ((done // 2) & 1) ^ 1)
@@ -180,11 +169,60 @@ def _online_step(score, peak, total, FACTOR: gl.constexpr):
     return p, shrink, new_peak, total * _by_row(shrink, total.type.layout) + _parts(p)
 
 
+@gluon.constexpr_function
+def _coalesced(columns):
+    """Of rows of so many elements of two bytes: 16 bytes a thread, neighbours side by side."""
+    across = columns // 8
+    return gl.BlockedLayout([1, 8], [32 // across, across], [WARPS.value, 1], [1, 0])
+
+
+@gluon.jit
+def _read_rows(source, base, offset, inside, D: gl.constexpr, layout: gl.constexpr):
+    """The rows base + offset of source [.., D], where they are inside, in float32."""
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    at = source + base * D + (offset[:, None] * D + column[None, :])
+    return gl.load(at, mask=inside[:, None], other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _gate(gate, base, offset, inside):
+    return gl.load(gate + base + offset, mask=inside, other=0.0).to(gl.float32)[:, None]
+
+
+@gluon.jit
+def _store_gated_sum(
+    own, tile, rows_empty, unit, output, total, own_gate, other, other_gate, third, third_gate, GROUP: gl.constexpr,
+    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, V: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr,
+    OTHERS: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """Stores what a warpgroup has, own [ROWS, V], if it is to be kept, and its gated sum with the other outputs.
+
+    It goes through `tile`, its queries' shared memory, so that each thread reads and writes 16 bytes at a time.
+    """
+    layout: gl.constexpr = _coalesced(V)
+    gl.barrier()  # all warps are done with the queries
+    rows = as_rows(tile, ROWS, V)
+    rows.store(own)
+    x = rows.load(layout)
+    fence_async_shared()
+    arrive(rows_empty)
+    base, offset, _, inside = _rows_of(unit, gl.SliceLayout(1, layout), GROUP, T, H, G, B, TILES)
+    sums = _gate(other_gate, base, offset, inside) * _read_rows(other, base, offset, inside, V, layout)
+    if OTHERS == 2:
+        sums += _gate(third_gate, base, offset, inside) * _read_rows(third, base, offset, inside, V, layout)
+    sums += _gate(own_gate, base, offset, inside) * x.to(gl.float32)
+    store_rows(total, base, offset, sums, inside, V, layout)
+    if KEEP:
+        store_rows(output, base, offset, x, inside, V, layout)
+
+
 @gluon.jit
 def _attend(
-    key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, GROUP: gl.constexpr,
+    key_begin, key_end, output, lse, total, own_gate, other, other_gate, third, third_gate, queries, keys, values,
+    rows_full, rows_empty, full, empty, GROUP: gl.constexpr,
     T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    B: gl.constexpr, SCALE: gl.constexpr, OTHERS: gl.constexpr, KEEP: gl.constexpr, TILES: gl.constexpr,
+    PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The forward pass of a warpgroup."""
     FACTOR: gl.constexpr = SCALE * LOG2E
@@ -200,11 +238,11 @@ def _attend(
         lower, upper = _whole(begins, ends, real, C)
         # of the next unit, to be there when it begins
         begins, ends, real = _intervals(unit + PROGRAMS, key_begin, key_end, T, H, G, B, TILES, WARPS)
-        base, offset, token, inside = _rows_of(unit, GROUP, T, H, G, B, TILES)
+        base, offset, token, inside = _rows_of(unit, ROW, GROUP, T, H, G, B, TILES)
         begin = gl.load(key_begin + token, mask=inside, other=0)
         end = gl.load(key_end + token, mask=inside, other=0)
         peak = gl.full([ROWS], float("-inf"), gl.float32, ROW)
-        total = _parts(nothing)
+        weights = _parts(nothing)
         sums = gl.full([ROWS, V], 0.0, gl.float32, of_v)
         buffer = done % 2
         mbarrier.wait(rows_full.index(buffer), (done // 2) & 1)
@@ -216,7 +254,7 @@ def _attend(
             score = warpgroup_mma_wait(0, deps=[score])
             if (first < lower) | (first >= upper):
                 score = _hide(score, first, begin, end)
-            p, _, peak, total = _online_step(score, peak, total, FACTOR)
+            p, _, peak, weights = _online_step(score, peak, weights, FACTOR)
             p = gl.convert_layout(p.to(dtype), left_v, assert_trivial=True)
             for j in range(first + 1, last):
                 ahead = (n + 1) % STAGES
@@ -226,7 +264,7 @@ def _attend(
                 score = warpgroup_mma_wait(1, deps=[score])
                 if (j < lower) | (j >= upper):
                     score = _hide(score, j, begin, end)
-                p, shrink, peak, total = _online_step(score, peak, total, FACTOR)
+                p, shrink, peak, weights = _online_step(score, peak, weights, FACTOR)
                 sums = warpgroup_mma_wait(0, deps=[adding])
                 arrive(empty.index(n % STAGES))
                 sums *= _by_row(shrink, of_v)
@@ -236,38 +274,52 @@ def _attend(
             sums = warpgroup_mma_wait(0, deps=[adding])
             arrive(empty.index(n % STAGES))
             n += 1
-        arrive(rows_empty.index(buffer))
         done += 1
-        row_total = gl.convert_layout(gl.sum(total, 1), ROW)
-        seen = row_total > 0.0
-        row_total = gl.where(seen, row_total, 1.0)
-        store_rows(output, base, offset, sums * _by_row(1.0 / row_total, of_v), inside, V, of_v)
-        row_lse = gl.where(seen, (peak + gl.log2(row_total)) * LN2, float("-inf"))
-        gl.store(lse + base + offset, row_lse, mask=inside)
+        weight = gl.convert_layout(gl.sum(weights, 1), ROW)
+        seen = weight > 0.0
+        weight = gl.where(seen, weight, 1.0)
+        gl.store(lse + base + offset, gl.where(seen, (peak + gl.log2(weight)) * LN2, float("-inf")), mask=inside)
+        own = (sums * _by_row(1.0 / weight, of_v)).to(dtype)
+        if OTHERS == 0:
+            arrive(rows_empty.index(buffer))
+            store_rows(output, base, offset, own, inside, V, of_v)
+        else:
+            _store_gated_sum(
+                own, q, rows_empty.index(buffer), unit, output, total, own_gate, other, other_gate, third, third_gate,
+                GROUP, T, H, G, V, B, TILES, OTHERS, KEEP,
+            )  # fmt: skip
 
 
 @gluon.jit
 def forward(
-    query, key, value, key_begin, key_end, output, lse,
+    query, key, value, key_begin, key_end, own_gate, other, other_gate, third, third_gate, output, lse, total,
     T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    B: gl.constexpr, SCALE: gl.constexpr, OTHERS: gl.constexpr, KEEP: gl.constexpr, TILES: gl.constexpr,
+    PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS."""
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS.
+
+    With OTHERS, 1 or 2, also total [B, T, N, V], own_gate * output + other_gate * other + third_gate * third, the
+    gates [B, T, N]; without KEEP output is then not written. Arguments that do not count are placeholders.
+    """
     queries = gl.allocate_shared_memory(query.dtype, [2 * GROUPS, ROWS, K], gl.NVMMASharedLayout(128, 16, 2))
     keys, values, rows_full, rows_empty, full, empty = _allocate(key, value, K, V, STAGES)
     gl.warp_specialize(
         [
             (_attend, (
-                key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, 0,
-                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES,
+                key_begin, key_end, output, lse, total, own_gate, other, other_gate, third, third_gate, queries, keys,
+                values, rows_full, rows_empty, full, empty, 0,
+                T, C, H, G, K, V, B, SCALE, OTHERS, KEEP, TILES, PROGRAMS, STAGES,
             )),
             (_attend, (
-                key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, 1,
-                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES,
+                key_begin, key_end, output, lse, total, own_gate, other, other_gate, third, third_gate, queries, keys,
+                values, rows_full, rows_empty, full, empty, 1,
+                T, C, H, G, K, V, B, SCALE, OTHERS, KEEP, TILES, PROGRAMS, STAGES,
             )),
             (_attend, (
-                key_begin, key_end, output, lse, queries, keys, values, rows_full, rows_empty, full, empty, 2,
-                T, C, H, G, K, V, B, SCALE, TILES, PROGRAMS, STAGES,
+                key_begin, key_end, output, lse, total, own_gate, other, other_gate, third, third_gate, queries, keys,
+                values, rows_full, rows_empty, full, empty, 2,
+                T, C, H, G, K, V, B, SCALE, OTHERS, KEEP, TILES, PROGRAMS, STAGES,
             )),
             (_copy, (
                 query, key, value, key_begin, key_end, queries, keys, values, rows_full, rows_empty, full, empty,

@@ -1,9 +1,10 @@
 """Online top-k selection on Hopper (sm_90): selection.py in Gluon.
 
 A unit is two tiles of 128 (token, head of the group) pairs, one for each of two warpgroups. A warp of its own copies a
-unit's queries, then its keys into a ring of STAGES slots. The two warpgroups take the products, keys as rows, sum the
-probabilities over the group, and hand sums [token, WINDOWS] to a third one, which keeps the lists of the unit's tokens
-while they go on.
+unit's queries, then its keys into a ring of STAGES slots, each with a note of what it is. The two warpgroups take the
+products, keys as rows, sum the probabilities over the group, and hand sums [token, WINDOWS] to a third one, which keeps
+the lists of the unit's tokens while they go on. The queries lie so that a thread holds all heads of its tokens
+(`_column_of`), whose sum then needs no other thread.
 
 In the loop that puts candidates into the lists each warp of the third goes round as often as its own tokens need
 (`_any`). That is sound while nothing in there makes warps wait for others: its reductions are within a warp.
@@ -19,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import LOG2E, arrive, as_columns, as_rows, copy_rows, product_layout
+from .hopper import LOG2E, WIDTH, arrive, as_columns, as_rows, lanes, place_of, product_layout
 
 WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(128)  # (token, head of the group) pairs of a warpgroup
@@ -28,33 +29,24 @@ UNIT = gl.constexpr(256)  # rows of both
 KEYS = gl.constexpr(64)  # of a slot
 PARTS = gl.constexpr(4)  # slots in a chunk
 WINDOWS = gl.constexpr(256)  # of a chunk
+NOTES = gl.constexpr(16)  # at least as many as there are slots
 CHUNKS = gl.constexpr(2)  # of sums, in shared memory
 SCORES = gl.constexpr(product_layout(128))
 COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+FIRST, LAST, END = gl.constexpr(4), gl.constexpr(8), gl.constexpr(16)  # notes on slots: of a unit, of a chunk, of all
 KEPT = gl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
 NONE = gl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list
 
 
 @gluon.constexpr_function
-def _lanes(tokens, warps):
-    """All tokens in every warp."""
-    return gl.BlockedLayout([max(1, tokens // 32)], [32], [warps], [0])
-
-
-@gluon.constexpr_function
-def _by_token(tokens, columns):
-    """[tokens, columns]: tokens across warps, then registers; columns across lanes, then registers."""
+def _by_token(tokens, groups):
+    """[tokens, groups, 32]: tokens across warps, then registers; groups in registers, their members across lanes."""
     bits = max(tokens, WARPS.value).bit_length() - 1
-    token = [[1 << i, 0] if 1 << i < tokens else [0, 0] for i in range(bits)]
-    registers = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)] + token[2:]
-    lanes = [[0, 1 << i] for i in range(5)]
-    return gl.DistributedLinearLayout(registers, lanes, token[:2], [], [tokens, columns])
-
-
-@gluon.jit
-def _place(unit, H: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr):
-    """The tile, head and row of the batch of a unit; late tokens, which see most, first."""
-    return TILES - 1 - unit // (H * B), unit % H, unit // H % B
+    token = [[1 << i, 0, 0] if 1 << i < tokens else [0, 0, 0] for i in range(bits)]
+    registers = [[0, 1 << i, 0] for i in range(groups.bit_length() - 1)] + token[2:]
+    return gl.DistributedLinearLayout(
+        registers, [[0, 0, 1 << i] for i in range(5)], token[:2], [], [tokens, groups, 32]
+    )
 
 
 @gluon.jit
@@ -69,14 +61,13 @@ def _limits(room, own, INIT: gl.constexpr, LOCAL: gl.constexpr):
 
 @gluon.jit
 def _unit(
-    unit, count, segment_start, own_block, key_begin, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr,
-    B: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, TILES: gl.constexpr, PARTITION: gl.constexpr,
+    tile, head, row, count, segment_start, own_block, key_begin, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr,
+    INIT: gl.constexpr, LOCAL: gl.constexpr, PARTITION: gl.constexpr,
 ):  # fmt: skip
     """Of a unit's tokens: their segment's first window, the block before which candidates are, and the segment's start
     where there are any, T where not; PARTITION: warps that ask, each of which gets all."""
     TOKENS: gl.constexpr = UNIT // G
-    tile, head, row = _place(unit, H, B, TILES)
-    token = tile * TOKENS + gl.arange(0, TOKENS, layout=_lanes(TOKENS, PARTITION))
+    token = tile * TOKENS + gl.arange(0, TOKENS, layout=lanes(TOKENS, PARTITION))
     real = token < T
     place = row.to(gl.int64) * T + token
     room = gl.load(count + place * H + head, mask=real, other=0)
@@ -89,52 +80,9 @@ def _unit(
 
 @gluon.jit
 def _segment(segment, waiting, begin, stop):
-    """Of the tokens that wait for this segment: its first window and the largest block that is not scored."""
+    """Of the tokens that wait for this segment: its first window and the block before which candidates are."""
     mine = waiting == segment
     return gl.max(gl.where(mine, begin, 0), 0), gl.max(gl.where(mine, stop, 0), 0)
-
-
-@gluon.jit
-def _copy(
-    query, key, count, segment_start, own_block, key_begin, queries, keys, rows_full, rows_empty, full, empty,
-    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, B: gl.constexpr, SHARE: gl.constexpr,
-    INIT: gl.constexpr, LOCAL: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The copying warp."""
-    done = 0
-    n = 0
-    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
-        tile, head, row = _place(unit, H, B, TILES)
-        begin, stop, waiting = _unit(
-            unit, count, segment_start, own_block, key_begin, T, H, G, B, INIT, LOCAL, TILES, 1
-        )
-        buffer = done % 2
-        mbarrier.wait(rows_empty.index(buffer), ((done // 2) & 1) ^ 1)
-        mbarrier.expect(rows_full.index(buffer), 2 * UNIT * K)
-        for group in gl.static_range(GROUPS):
-            copy_rows(
-                query, queries.index(buffer * GROUPS + group), rows_full.index(buffer), row,
-                tile * UNIT + group * ROWS, head, G, K, ROWS,
-            )  # fmt: skip
-        done += 1
-        segment = gl.min(waiting, 0)
-        while segment < T:
-            first, last = _segment(segment, waiting, begin, stop)
-            for i in range((last * SHARE + KEYS - 1) // KEYS):
-                slot = n % STAGES
-                mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
-                mbarrier.expect(full.index(slot), 2 * KEYS * K)
-                tma.async_load(key, [row, first + i * KEYS, head * K], full.index(slot), keys.index(slot))
-                n += 1
-            waiting = gl.where(waiting == segment, T, waiting)
-            segment = gl.min(waiting, 0)
-
-
-@gluon.jit
-def _over_group(score, row_lse, FACTOR: gl.constexpr, TOKENS: gl.constexpr, G: gl.constexpr):
-    """Score [KEYS, ROWS] to the probability of each window, summed over the heads of the group, [KEYS, TOKENS]."""
-    p = gl.exp2(score * FACTOR - row_lse[None, :])
-    return gl.sum(gl.reshape(p, [KEYS, TOKENS, G]), 2)
 
 
 @gluon.jit
@@ -143,95 +91,213 @@ def _address(memory):
     return gl.inline_asm("mov.u32 $0, $1;", "=r,r", [memory], gl.int32)
 
 
+@gluon.jit
+def _write_note(notes, slot, note):
+    gl.inline_asm(
+        "st.shared.u32 [$0], $1; bar.warp.sync 0xffffffff;", "r,r,~{memory}", [_address(notes) + 4 * slot, note]
+    )
+
+
+@gluon.jit
+def _note(notes, full, n, STAGES: gl.constexpr):
+    """Waits for the n-th slot: what there is to know of it."""
+    slot = n % STAGES
+    mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+    return gl.inline_asm("ld.shared.u32 $0, [$1];", "=r,r,~{memory}", [_address(notes) + 4 * slot], gl.int32)
+
+
 @gluon.constexpr_function
-def _store_each(outputs, inputs):
-    return "\n".join(f"st.shared.f32 [{at}], {x};" for at, x in zip(*inputs, strict=True))
+def _neighbours(group):
+    """Tokens that lie side by side in a tile's columns, and heads of each that do: eight pairs."""
+    tokens = min(4, ROWS.value // group)
+    return tokens, 8 // tokens
+
+
+@gluon.jit
+def _column_of(n, G: gl.constexpr):
+    """Token and head of the group of a tile's column: so that the heads of a token lie in one thread's registers."""
+    TOKENS: gl.constexpr = _neighbours(G)[0]
+    HEADS: gl.constexpr = _neighbours(G)[1]
+    return n // (TOKENS * G) * TOKENS + n % 8 // HEADS, n % (TOKENS * G) // 8 * HEADS + n % HEADS
+
+
+@gluon.jit
+def _copy_rows(query, tile, barrier, row, token, head, G: gl.constexpr, K: gl.constexpr):
+    """The queries of a tile of tokens from `token` on, in the order of `_column_of`."""
+    TOKENS: gl.constexpr = _neighbours(G)[0]
+    HEADS: gl.constexpr = _neighbours(G)[1]
+    PIECES: gl.constexpr = ROWS // (TOKENS * G)
+    parts = tile.reinterpret(
+        query.dtype, [K // WIDTH * PIECES, 1, G // HEADS, TOKENS, HEADS, WIDTH], query.layout
+    )  # fmt: skip
+    for part in gl.static_range(K // WIDTH):
+        for piece in gl.static_range(PIECES):
+            tma.async_load(
+                query, [row, head * (G // HEADS), token + piece * TOKENS, 0, part * WIDTH], barrier,
+                parts.index(part * PIECES + piece),
+            )  # fmt: skip
+
+
+@gluon.jit
+def _copy(
+    query, key, lse, count, segment_start, own_block, key_begin, queries, keys, statistics, notes, rows_full,
+    rows_empty, full, empty,
+    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, B: gl.constexpr, SHARE: gl.constexpr,
+    INIT: gl.constexpr, LOCAL: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: of each unit that has candidates the queries and the lse in base 2, then its windows' keys."""
+    done = 0
+    n = 0
+    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
+        tile, head, row = place_of(unit, H, B, TILES)
+        begin, stop, waiting = _unit(
+            tile, head, row, count, segment_start, own_block, key_begin, T, H, G, INIT, LOCAL, 1
+        )
+        segment = gl.min(waiting, 0)
+        if segment < T:
+            buffer = done % 2
+            mbarrier.wait(rows_empty.index(buffer), ((done // 2) & 1) ^ 1)
+            mbarrier.expect(rows_full.index(buffer), 2 * UNIT * K)
+            for group in gl.static_range(GROUPS):
+                token = (tile * GROUPS + group) * (ROWS // G)
+                tile_of_rows = buffer * GROUPS + group
+                _copy_rows(query, queries.index(tile_of_rows), rows_full.index(buffer), row, token, head, G, K)
+                local, of_group = _column_of(gl.arange(0, ROWS, layout=gl.BlockedLayout([4], [32], [1], [0])), G)
+                place = row.to(gl.int64) * T + token + local
+                row_lse = gl.load(lse + (place * H + head) * G + of_group, mask=token + local < T, other=float("inf"))
+                statistics.index(tile_of_rows).store(row_lse * LOG2E)
+            arrive(rows_full.index(buffer))
+            done += 1
+            note = gl.to_tensor(FIRST)
+            while segment < T:
+                first, last = _segment(segment, waiting, begin, stop)
+                steps = (last * SHARE + KEYS - 1) // KEYS
+                for i in range(steps):
+                    slot = n % STAGES
+                    mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+                    ends = (i % PARTS == PARTS - 1) | (i == steps - 1)
+                    _write_note(notes, slot, i % PARTS + gl.where(ends, LAST, 0) + note)
+                    mbarrier.expect(full.index(slot), 2 * KEYS * K)
+                    tma.async_load(key, [row, first + i * KEYS, head * K], full.index(slot), keys.index(slot))
+                    note = 0
+                    n += 1
+                waiting = gl.where(waiting == segment, T, waiting)
+                segment = gl.min(waiting, 0)
+    slot = n % STAGES
+    mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+    _write_note(notes, slot, END)
+    arrive(full.index(slot))
+
+
+@gluon.jit
+def _over_group(score, row_lse, FACTOR: gl.constexpr, G: gl.constexpr):
+    """Score [KEYS, ROWS] to the probability of each window, summed over the heads of the group: [KEYS, M, tokens that
+    lie side by side]."""
+    TOKENS: gl.constexpr = _neighbours(G)[0]
+    HEADS: gl.constexpr = _neighbours(G)[1]
+    p = gl.exp2(score * FACTOR - row_lse[None, :])
+    return gl.sum(gl.sum(gl.reshape(p, [KEYS, ROWS // (TOKENS * G), G // HEADS, TOKENS, HEADS]), 4), 2)
+
+
+@gluon.jit
+def _sum_place(token, window, G: gl.constexpr):
+    """Where a window's sum stands: so that the eight windows of tokens side by side lie in different banks."""
+    return token * WINDOWS + (window ^ token % _neighbours(G)[0] * 8)
+
+
+@gluon.constexpr_function
+def _store_sums(pieces, tokens):
+    """Assembly that stores a thread's sums: of two keys, whose addresses come first, for every piece of tokens."""
+    return "\n".join(
+        f"st.shared.f32 [${i % 2}+{4 * WINDOWS.value * tokens * (i // 2)}], ${2 + i};" for i in range(2 * pieces)
+    )
+
+
+@gluon.constexpr_function
+def _inputs(addresses, floats):
+    return ",".join(["r"] * addresses + ["f"] * floats + ["~{memory}"])
 
 
 @gluon.jit
 def _hand_over(
-    score, i, seen, row_lse, sums, sums_full, sums_empty, chunk, is_last, GROUP: gl.constexpr, FACTOR: gl.constexpr,
-    TOKENS: gl.constexpr, G: gl.constexpr,
+    score, note, row_lse, sums, sums_full, sums_empty, chunk, GROUP: gl.constexpr, FACTOR: gl.constexpr,
+    G: gl.constexpr,
 ):  # fmt: skip
-    """Gives the sums of step i to the keepers of the lists; the number of the chunk to go on with."""
-    p = _over_group(score, row_lse, FACTOR, TOKENS, G)
-    local = gl.arange(0, KEYS, layout=gl.SliceLayout(1, p.type.layout))
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, p.type.layout))
-    p = gl.where((i * KEYS + local)[:, None] < seen[None, :], p, 0.0)
-    part = i % PARTS
+    """Gives the sums of a slot to the keepers of the lists; the number of the chunk to go on with."""
+    TOKENS: gl.constexpr = _neighbours(G)[0]
+    PIECES: gl.constexpr = ROWS // (TOKENS * G)
+    p = _over_group(score, row_lse, FACTOR, G)
+    layout: gl.constexpr = gl.SliceLayout(1, p.type.layout)
+    local = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
+    part = note % PARTS
     slot = chunk % CHUNKS
     if part == 0:
         mbarrier.wait(sums_empty.index(slot), ((chunk // CHUNKS) & 1) ^ 1)
-    at = (slot * GROUPS + GROUP) * TOKENS * WINDOWS + part * KEYS
-    at = _address(sums) + 4 * (at + token[None, :] * WINDOWS + local[:, None])
-    gl.inline_asm(_store_each, ("r", "f"), [at, p])
-    if is_last | (part == PARTS - 1):
+    at = (slot * GROUPS + GROUP) * (ROWS // G)
+    at = _address(sums) + 4 * _sum_place(at + token[None, :], part * KEYS + local[:, None], G)
+    gl.inline_asm(_store_sums(PIECES, TOKENS), _inputs(2, 2 * PIECES), [at, p])
+    if note & LAST != 0:
         arrive(sums_full.index(slot))
         chunk += 1
     return chunk
 
 
 @gluon.jit
-def _score(
-    lse, count, segment_start, own_block, key_begin, key_end, queries, keys, sums, rows_full, rows_empty, full, empty,
-    sums_full, sums_empty, GROUP: gl.constexpr,
-    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, B: gl.constexpr, SCALE: gl.constexpr,
-    SHARE: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr,
+def _score_on(
+    score, note, n, done, chunk, row_lse, queries, keys, statistics, notes, sums, rows_full, rows_empty, full, empty,
+    sums_full, sums_empty, GROUP: gl.constexpr, G: gl.constexpr, K: gl.constexpr, SCALE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The products and probabilities of a warpgroup."""
-    TOKENS: gl.constexpr = ROWS // G
-    FACTOR: gl.constexpr = SCALE * LOG2E
-    nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, SCORES)
-    column = gl.arange(0, ROWS, layout=COLUMN)
-    BY_KEY: gl.constexpr = gl.sum(gl.reshape(nothing, [KEYS, TOKENS, G]), 2).type.layout
-    local = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, BY_KEY))
-    done = 0
-    n = 0
-    chunk = 0
-    for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
-        tile, head, row = _place(unit, H, B, TILES)
-        begin, stop, waiting = _unit(
-            unit, count, segment_start, own_block, key_begin, T, H, G, B, INIT, LOCAL, TILES, WARPS
-        )
-        at = tile * GROUPS * TOKENS + GROUP * TOKENS
-        base = row.to(gl.int64) * T + at
-        row_lse = gl.load(
-            lse + (base * H + head) * G + (column // G * (H * G) + column % G), mask=at + column // G < T,
-            other=float("inf"),
-        ) * LOG2E  # fmt: skip
-        seen = gl.load(key_end + base + local, mask=at + local < T, other=0)
-        seen -= gl.load(key_begin + base + local, mask=at + local < T, other=0)
-        buffer = done % 2
-        mbarrier.wait(rows_full.index(buffer), (done // 2) & 1)
-        q = as_columns(queries.index(buffer * GROUPS + GROUP), ROWS, K)
-        segment = gl.min(waiting, 0)
-        while segment < T:
-            first, last = _segment(segment, waiting, begin, stop)
-            steps = (last * SHARE + KEYS - 1) // KEYS
-            slot = n % STAGES
-            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-            score = warpgroup_mma(as_rows(keys.index(slot), KEYS, K), q, nothing, use_acc=False, is_async=True)
-            score = warpgroup_mma_wait(0, deps=[score])
-            arrive(empty.index(slot))
-            n += 1
-            for i in range(1, steps):
-                slot = n % STAGES
-                mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-                ahead = warpgroup_mma(as_rows(keys.index(slot), KEYS, K), q, nothing, use_acc=False, is_async=True)
-                chunk = _hand_over(
-                    score, i - 1, seen, row_lse, sums, sums_full, sums_empty, chunk, False, GROUP, FACTOR, TOKENS, G
-                )
-                score = warpgroup_mma_wait(0, deps=[ahead])
-                arrive(empty.index(slot))
-                n += 1
-            chunk = _hand_over(
-                score, steps - 1, seen, row_lse, sums, sums_full, sums_empty, chunk, True, GROUP, FACTOR, TOKENS, G
-            )
-            waiting = gl.where(waiting == segment, T, waiting)
-            segment = gl.min(waiting, 0)
-        arrive(rows_empty.index(buffer))
+    """Hands over the n-th slot's score, while the product of the slot after it runs: that one's score, and so on."""
+    ahead = _note(notes, full, n + 1, STAGES)
+    next_unit = ahead & FIRST != 0
+    if next_unit:
         done += 1
+        mbarrier.wait(rows_full.index(done % 2), (done // 2) & 1)
+    slot = (n + 1) % STAGES
+    nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, SCORES)
+    q = as_columns(queries.index(done % 2 * GROUPS + GROUP), ROWS, K)
+    # after the last slot a product that nobody reads
+    product = warpgroup_mma(as_rows(keys.index(slot), KEYS, K), q, nothing, use_acc=False, is_async=True)
+    chunk = _hand_over(score, note, row_lse, sums, sums_full, sums_empty, chunk, GROUP, SCALE * LOG2E, G)
+    product = warpgroup_mma_wait(0, deps=[product])
+    arrive(empty.index(slot))
+    if next_unit:
+        arrive(rows_empty.index((done + 1) % 2))
+        row_lse = statistics.index(done % 2 * GROUPS + GROUP).load(COLUMN)
+    return product, ahead, n + 1, done, chunk, row_lse
+
+
+@gluon.jit
+def _score(
+    queries, keys, statistics, notes, sums, rows_full, rows_empty, full, empty, sums_full, sums_empty,
+    GROUP: gl.constexpr, G: gl.constexpr, K: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The products and probabilities of a warpgroup."""
+    note = _note(notes, full, 0, STAGES)
+    if note < END:
+        mbarrier.wait(rows_full.index(0), 0)
+        row_lse = statistics.index(GROUP).load(COLUMN)
+        nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, SCORES)
+        q = as_columns(queries.index(GROUP), ROWS, K)
+        score = warpgroup_mma(as_rows(keys.index(0), KEYS, K), q, nothing, use_acc=False, is_async=True)
+        score = warpgroup_mma_wait(0, deps=[score])
+        arrive(empty.index(0))
+        n = 0
+        done = 0
+        chunk = 0
+        while note < END:
+            # twice, so that no score moves from registers to registers
+            other, note, n, done, chunk, row_lse = _score_on(
+                score, note, n, done, chunk, row_lse, queries, keys, statistics, notes, sums, rows_full, rows_empty,
+                full, empty, sums_full, sums_empty, GROUP, G, K, SCALE, STAGES,
+            )  # fmt: skip
+            if note < END:
+                score, note, n, done, chunk, row_lse = _score_on(
+                    other, note, n, done, chunk, row_lse, queries, keys, statistics, notes, sums, rows_full,
+                    rows_empty, full, empty, sums_full, sums_empty, GROUP, G, K, SCALE, STAGES,
+                )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -240,79 +306,112 @@ def _load_each(outputs, inputs):
 
 
 @gluon.jit
-def _window(base, token, window):
-    """The sums of a chunk's windows [TOKENS, N], each the token's own, where `window` [1|TOKENS, N] tells which."""
-    at = base + 4 * (token * WINDOWS + gl.maximum(window, 0))
-    return gl.inline_asm(_load_each, ("=f", "r"), [at], gl.distributed_type(gl.float32, at.type.shape, at.type.layout))
+def _window(base, token, window, seen, G: gl.constexpr, HIDE: gl.constexpr):
+    """The sums of a chunk's windows, all [TOKENS|1, M, 32]; with HIDE 0 for those that are not seen."""
+    at = base + 4 * _sum_place(token, gl.maximum(window, 0), G)
+    p = gl.inline_asm(_load_each, ("=f", "r"), [at], gl.distributed_type(gl.float32, at.type.shape, at.type.layout))
+    return gl.where(window < seen, p, 0.0) if HIDE else p
 
 
 @gluon.jit
-def _to_next(base, token, block, SHARE: gl.constexpr, REACH: gl.constexpr):
+def _to_next(base, token, block, seen, G: gl.constexpr, HIDE: gl.constexpr, SHARE: gl.constexpr, REACH: gl.constexpr):
     """What the windows of a chunk's blocks give to the blocks after them."""
     total = 0.0
     for i in gl.static_range(SHARE - REACH + 1, SHARE):
-        total += (i + REACH - SHARE) * _window(base, token, block * SHARE + i)
+        total += (i + REACH - SHARE) * _window(base, token, block * SHARE + i, seen, G, HIDE)
     return total
 
 
 @gluon.jit
-def _importance(base, token, block, carry, SHARE: gl.constexpr, REACH: gl.constexpr):
+def _importance(
+    base, token, block, seen, carry, G: gl.constexpr, HIDE: gl.constexpr, SHARE: gl.constexpr, REACH: gl.constexpr
+):
     """[TOKENS, N]: of a chunk's blocks. A block is SHARE strides, a window REACH: the i-th window of a block shares
     min(REACH, SHARE - i) of them with it, the rest with the next block. carry: what the chunk before gives."""
-    total = min(REACH, SHARE) * _window(base, token, block * SHARE)
+    total = min(REACH, SHARE) * _window(base, token, block * SHARE, seen, G, HIDE)
     for i in gl.static_range(1, SHARE):
-        total += min(REACH, SHARE - i) * _window(base, token, block * SHARE + i)
+        total += min(REACH, SHARE - i) * _window(base, token, block * SHARE + i, seen, G, HIDE)
     if REACH > 1:
-        total += gl.where(block == 0, carry, _to_next(base, token, block - 1, SHARE, REACH))
+        total += gl.where(block == 0, carry, _to_next(base, token, block - 1, seen, G, HIDE, SHARE, REACH))
     return total
 
 
 @gluon.constexpr_function
 def _or_all(outputs, inputs):
-    return "\n".join([f"mov.u32 {outputs[0][0]}, 0;", *(f"or.b32 {outputs[0][0]}, {outputs[0][0]}, {x};" for x in inputs[0])])
+    to = outputs[0][0]
+    return "\n".join([f"mov.u32 {to}, 0;", *(f"or.b32 {to}, {to}, {x};" for x in inputs[0])])
 
 
 @gluon.jit
 def _any(x):
-    """Whether any of the integers x that this warp holds, the same in all lanes, is not 0: differs by warp."""
+    """Whether x [TOKENS], integers, is not 0 for any token of this warp: a scalar that differs by warp."""
     return gl.inline_asm(_or_all, ("=&r", "r"), [x], gl.int32) != 0
 
 
 @gluon.jit
-def _compare(rank, list_rank):
-    """The best candidate and the worst in the list, [TOKENS], and whether any of this warp's candidates is better."""
-    worst = gl.min(list_rank, 1)
-    best = gl.convert_layout(gl.max(rank, 1), worst.type.layout, assert_trivial=True)
-    return best, worst, _any((best > worst).to(gl.int32))
+def _as(x, layout: gl.constexpr):
+    """x in a layout that has the same in every thread."""
+    return gl.convert_layout(x, layout, assert_trivial=True)
 
 
 @gluon.jit
-def _column(x, like):
-    """x [TOKENS] as a column beside `like`."""
-    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout), assert_trivial=True)[:, None]
+def _places(count: gl.constexpr, layout: gl.constexpr):
+    """0 to count as [1, count / 32, 32]."""
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    group = gl.arange(0, count // 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    return group[None, :, None] * 32 + lane[None, None, :]
+
+
+@gluon.jit
+def _first_best(rank, block, axis: gl.constexpr):
+    """The largest rank along an axis, and of the blocks that have it the smallest."""
+    best = gl.max(rank, axis, keep_dims=True)
+    chosen = gl.min(gl.where(rank == best, block, NONE), axis, keep_dims=True)
+    return best, chosen
+
+
+@gluon.jit
+def _compare(rank, block, list_rank, list_block):
+    """Of each token the best candidate, the entry of the list that it would take the place of, and whether it does."""
+    layout: gl.constexpr = list_rank.type.layout
+    best, chosen = _first_best(rank, block, 2)
+    best, chosen = _as(best, layout), _as(chosen, layout)
+    worst = gl.min(gl.min(list_rank, 2, keep_dims=True), 1, keep_dims=True)
+    evicted = gl.where(list_rank == worst, list_block, -1)
+    evicted = gl.max(gl.max(evicted, 2, keep_dims=True), 1, keep_dims=True)
+    better = (best > worst) | ((best == worst) & (best >= 0) & (chosen < evicted))
+    return best, chosen, evicted, better
 
 
 @gluon.jit
 def _insert(rank, block, list_rank, list_block):
-    """The list after a chunk of candidates, all [TOKENS, N]: `rank` (negative: none) of `block`.
+    """The lists [TOKENS, LIST / 32, 32] after candidates, `rank` [TOKENS, M, 32] (negative: none) of block [1, M, 32].
 
-    Of equal ranks the smaller block stays; chunks come in ascending order.
+    Of equal ranks the smaller block stays. Of each lane only the best stands for election; once none of these is better
+    than what is in the list, those that were not elected before follow.
     """
-    best, worst, more = _compare(rank, list_rank)
+    lane_rank, lane_block = _first_best(rank, block, 1)  # [TOKENS, 1, 32]
+    best, chosen, evicted, better = _compare(lane_rank, lane_block, list_rank, list_block)
+    more = _any(better.to(gl.int32))
     while more:
-        chosen = gl.min(gl.where(rank == _column(best, rank), block, NONE), 1)
-        evicted = gl.max(gl.where(list_rank == worst[:, None], list_block, -1), 1)
-        place = (best > worst)[:, None] & (list_block == evicted[:, None])
-        list_rank = gl.where(place, best[:, None], list_rank)
-        list_block = gl.where(place, _column(chosen, list_block), list_block)
-        rank = gl.where(block == chosen[:, None], -1, rank)
-        best, worst, more = _compare(rank, list_rank)
+        while more:
+            place = better & (list_block == evicted)
+            list_rank = gl.where(place, best, list_rank)
+            list_block = gl.where(place, chosen, list_block)
+            elected = _as(gl.where(better, chosen, NONE), lane_block.type.layout)
+            lane_rank = gl.where(lane_block == elected, -1, lane_rank)
+            best, chosen, evicted, better = _compare(lane_rank, lane_block, list_rank, list_block)
+            more = _any(better.to(gl.int32))
+        rank = gl.where((lane_rank < 0) & (block == lane_block), -1, rank)
+        lane_rank, lane_block = _first_best(rank, block, 1)
+        best, chosen, evicted, better = _compare(lane_rank, lane_block, list_rank, list_block)
+        more = _any(better.to(gl.int32))
     return list_rank, list_block
 
 
 @gluon.jit
 def _keep(
-    count, segment_start, own_block, key_begin, block_indices, sums, sums_full, sums_empty,
+    count, segment_start, own_block, key_begin, key_end, block_indices, sums, sums_full, sums_empty,
     T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, B: gl.constexpr, S: gl.constexpr, SHARE: gl.constexpr,
     REACH: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, LIST: gl.constexpr, TILES: gl.constexpr,
     PROGRAMS: gl.constexpr,
@@ -320,56 +419,67 @@ def _keep(
     """The lists of the unit's tokens."""
     TOKENS: gl.constexpr = UNIT // G
     BLOCKS: gl.constexpr = WINDOWS // SHARE
-    LISTS: gl.constexpr = _by_token(TOKENS, LIST)
-    CANDIDATES: gl.constexpr = _by_token(TOKENS, BLOCKS)
-    local = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, LISTS))
-    entry = gl.arange(0, LIST, layout=gl.SliceLayout(0, LISTS))[None, :]
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, CANDIDATES))[:, None]
-    column = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, CANDIDATES))[None, :]
+    LISTS: gl.constexpr = _by_token(TOKENS, LIST // 32)
+    CANDIDATES: gl.constexpr = _by_token(TOKENS, BLOCKS // 32)
+    TOKEN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LISTS))
+    local = gl.arange(0, TOKENS, layout=TOKEN)
+    token = _as(local[:, None, None], CANDIDATES)
+    entry = _places(LIST, LISTS)
+    column = _places(BLOCKS, CANDIDATES)
+    last_of_chunk = gl.full([1, 1, 1], BLOCKS - 1, gl.int32, CANDIDATES)
+    # with two local blocks a window of a block before them ends before the query
+    HIDE: gl.constexpr = REACH > 1 and LOCAL < 2
     chunk = 0
     for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
-        tile, head, row = _place(unit, H, B, TILES)
+        tile, head, row = place_of(unit, H, B, TILES)
         begin, stop, waiting = _unit(
-            unit, count, segment_start, own_block, key_begin, T, H, G, B, INIT, LOCAL, TILES, WARPS
+            tile, head, row, count, segment_start, own_block, key_begin, T, H, G, INIT, LOCAL, WARPS
         )
         inside = tile * TOKENS + local < T
         place = row.to(gl.int64) * T + tile * TOKENS + local
         room = gl.load(count + place * H + head, mask=inside, other=0)
         own = gl.load(own_block + place, mask=inside, other=0)
         start = gl.load(segment_start + place, mask=inside, other=0)
+        seen = gl.load(key_end + place, mask=inside, other=0) - gl.load(key_begin + place, mask=inside, other=0)
         near, forced, all_fit, own_stop = _limits(room, own, INIT, LOCAL)
-        fixed = entry < gl.where(all_fit, own + 1, gl.minimum(forced, room))[:, None]
-        by_priority = gl.where(entry < near[:, None], own[:, None] - entry, entry - near[:, None])
-        list_block = gl.where(fixed, gl.where(all_fit[:, None], entry, by_priority), NONE + entry)
-        list_rank = gl.where(fixed | (entry >= room[:, None]), KEPT, -1)  # [TOKENS, LIST]
+        fixed = entry < gl.where(all_fit, own + 1, gl.minimum(forced, room))[:, None, None]
+        near, own, all_fit = near[:, None, None], own[:, None, None], all_fit[:, None, None]
+        by_priority = gl.where(entry < near, own - entry, entry - near)
+        list_block = gl.where(fixed, gl.where(all_fit, entry, by_priority), NONE + entry)
+        list_rank = gl.where(fixed | (entry >= room[:, None, None]), KEPT, -1)  # [TOKENS, LIST / 32, 32]
+        seen = _as(seen[:, None, None], CANDIDATES)
         segment = gl.min(waiting, 0)
         while segment < T:
             _, last = _segment(segment, waiting, begin, stop)
-            before = gl.where(start == segment, own_stop, 0)
-            carry = gl.full([TOKENS], 0.0, gl.float32, gl.SliceLayout(1, CANDIDATES))[:, None]
+            before = _as(gl.where(start == segment, own_stop, 0)[:, None, None], CANDIDATES)
+            carry = gl.zeros_like(seen).to(gl.float32)
             for first in range(0, last, BLOCKS):
                 slot = chunk % CHUNKS
                 mbarrier.wait(sums_full.index(slot), (chunk // CHUNKS) & 1)
                 base = _address(sums) + slot * (4 * TOKENS * WINDOWS)
-                importance = _importance(base, token, column, carry, SHARE, REACH)
+                in_chunk = seen - first * SHARE
+                importance = _importance(base, token, column, in_chunk, carry, G, HIDE, SHARE, REACH)
                 if REACH > 1:
-                    carry = _to_next(base, token, gl.full([1], BLOCKS - 1, gl.int32, gl.SliceLayout(0, CANDIDATES))[None, :], SHARE, REACH)
+                    carry = _to_next(base, token, last_of_chunk, in_chunk, G, HIDE, SHARE, REACH)
                 arrive(sums_empty.index(slot))
                 chunk += 1
                 block = first + column
-                candidate = (block >= INIT) & (block < _column(before, importance))
-                rank = gl.where(candidate, importance.to(gl.int32, bitcast=True), -1)
+                rank = gl.where((block >= INIT) & (block < before), importance.to(gl.int32, bitcast=True), -1)
                 list_rank, list_block = _insert(rank, block, list_rank, list_block)
             waiting = gl.where(waiting == segment, T, waiting)
             segment = gl.min(waiting, 0)
 
-        chosen = gl.full([TOKENS, LIST], -1, gl.int32, LISTS)
-        for i in range(S):
-            smallest = gl.min(list_block, 1)[:, None]
-            chosen = gl.where((entry == i) & (smallest < NONE), smallest, chosen)
-            list_block = gl.where(list_block == smallest, KEPT, list_block)
-        pointers = block_indices + (place * H + head)[:, None] * S + entry
-        gl.store(pointers, chosen, mask=inside[:, None] & (entry < S))
+        blocks = gl.reshape(list_block, [TOKENS, LIST])
+        after = (gl.reshape(entry + gl.zeros_like(list_block), [TOKENS, LIST]) + 1) % LIST
+        smaller = gl.zeros_like(blocks)  # entries, which are distinct
+        other = blocks
+        for _ in gl.static_range(1, LIST):
+            other = gl.gather(other, after, 1)
+            smaller += (other < blocks).to(gl.int32)
+        smaller = _as(gl.reshape(smaller, list_block.type.shape), LISTS)
+        pointers = block_indices + (place * H + head)[:, None, None] * S + smaller
+        chosen = gl.where(list_block < NONE, list_block, -1)
+        gl.store(pointers, chosen, mask=inside[:, None, None] & (smaller < S))
 
 
 @gluon.jit
@@ -382,9 +492,10 @@ def select(
     """block_indices int32 [B, T, H, S], as selection.py gives them. Grid: PROGRAMS."""
     queries = gl.allocate_shared_memory(query.dtype, [2 * GROUPS, ROWS, K], gl.NVMMASharedLayout(128, 16, 2))
     keys = gl.allocate_shared_memory(compressed_key.dtype, [STAGES, 1, KEYS, K], compressed_key.layout)
-    sums = gl.allocate_shared_memory(
-        gl.float32, [CHUNKS * UNIT // G * WINDOWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    sums = gl.allocate_shared_memory(gl.float32, [CHUNKS * UNIT // G * WINDOWS], plain)
+    statistics = gl.allocate_shared_memory(gl.float32, [2 * GROUPS, ROWS], plain)
+    notes = gl.allocate_shared_memory(gl.int32, [NOTES], plain)
     rows_full = mbarrier.allocate_mbarrier(batch=2)
     rows_empty = mbarrier.allocate_mbarrier(batch=2)
     full = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -392,7 +503,7 @@ def select(
     sums_full = mbarrier.allocate_mbarrier(batch=CHUNKS)
     sums_empty = mbarrier.allocate_mbarrier(batch=CHUNKS)
     for i in gl.static_range(2):
-        mbarrier.init(rows_full.index(i), count=1)
+        mbarrier.init(rows_full.index(i), count=2)  # what is copied, and the statistics
         mbarrier.init(rows_empty.index(i), count=GROUPS * WARPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -405,22 +516,21 @@ def select(
     gl.warp_specialize(
         [
             (_score, (
-                lse, count, segment_start, own_block, key_begin, key_end, queries, keys, sums, rows_full, rows_empty,
-                full, empty, sums_full, sums_empty, 0,
-                T, H, G, K, B, SCALE, SHARE, INIT, LOCAL, TILES, PROGRAMS, STAGES,
+                queries, keys, statistics, notes, sums, rows_full, rows_empty, full, empty, sums_full, sums_empty, 0,
+                G, K, SCALE, STAGES,
             )),
             (_score, (
-                lse, count, segment_start, own_block, key_begin, key_end, queries, keys, sums, rows_full, rows_empty,
-                full, empty, sums_full, sums_empty, 1,
-                T, H, G, K, B, SCALE, SHARE, INIT, LOCAL, TILES, PROGRAMS, STAGES,
+                queries, keys, statistics, notes, sums, rows_full, rows_empty, full, empty, sums_full, sums_empty, 1,
+                G, K, SCALE, STAGES,
             )),
             (_keep, (
-                count, segment_start, own_block, key_begin, block_indices, sums, sums_full, sums_empty,
+                count, segment_start, own_block, key_begin, key_end, block_indices, sums, sums_full, sums_empty,
                 T, H, G, B, S, SHARE, REACH, INIT, LOCAL, LIST, TILES, PROGRAMS,
             )),
             (_copy, (
-                query, compressed_key, count, segment_start, own_block, key_begin, queries, keys, rows_full,
-                rows_empty, full, empty, T, H, G, K, B, SHARE, INIT, LOCAL, TILES, PROGRAMS, STAGES,
+                query, compressed_key, lse, count, segment_start, own_block, key_begin, queries, keys, statistics,
+                notes, rows_full, rows_empty, full, empty,
+                T, H, G, K, B, SHARE, INIT, LOCAL, TILES, PROGRAMS, STAGES,
             )),
         ],
         [4, 4, 1],

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nsa_jax import interval, launch, segments, selected, tiling
+from nsa_jax.interval_hopper import Addends
 from nsa_jax.residuals import Branch, name_residuals
 from nsa_jax.selection import select_blocks
 from nsa_jax.walk import choose
@@ -85,8 +86,7 @@ def attend(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> Array:
-    outputs, _, _ = _branches(config, arrays, gates, routing)
-    return gated_sum(gates, outputs, arrays.query, arrays.value)
+    return _branches(config, arrays, gates, routing, keep=False)[0]
 
 
 def _one_pass(config: Config, gates: Gates) -> bool:
@@ -105,13 +105,16 @@ def _specs(config: Config, gates: Gates, length: int) -> tuple[interval.Spec, se
     )
 
 
-def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> tuple[Gates, Gates, _Seen]:
-    """(outputs, lse, seen) of the branches that have a gate."""
+def _branches(
+    config: Config, arrays: Arrays, gates: Gates, routing: Routing, keep: bool
+) -> tuple[Array, Gates, Gates, _Seen]:
+    """(gated sum, outputs, lse, seen) of the branches that have a gate; unless `keep` an output may be lacking."""
     query, key, value, compressed_key, compressed_value = arrays
     B, T, _, _ = query.shape
     tokens = segments.layout(routing.segment_ids, B, T)
     specs = _specs(config, gates, T)
     outputs, lses, seen = Gates(None, None, None), Gates(None, None, None), _Seen(None, None, None)
+    total = None
 
     block_indices, block_counts = routing.block_indices, routing.block_counts
     if compressed_key is not None:
@@ -146,15 +149,24 @@ def _branches(config: Config, arrays: Arrays, gates: Gates, routing: Routing) ->
             output, lse = near[0]
         else:
             seen = seen._replace(sliding=segments.sliding_intervals(tokens, config.window_size))
-            output, lse = interval.forward(query, key, value, seen.sliding, specs[2])
-        output, lse = name_residuals("sliding", output, lse)
+            sliding = query, key, value, seen.sliding, specs[2]
+            others = tuple(pair for pair in zip(outputs, gates, strict=True) if pair[0] is not None)
+            if others and interval.adds_up(query, key, value, specs[2]):
+                output, lse, total = interval.forward_and_sum(*sliding, Addends(gates.sliding, others, keep))
+                total = checkpoint_name(total, "nsa_output")
+            else:
+                output, lse = interval.forward(*sliding)
+        if output is not None:
+            output, lse = name_residuals("sliding", output, lse)
         outputs, lses = outputs._replace(sliding=output), lses._replace(sliding=lse)
-    return outputs, lses, seen
+    if total is None:
+        total = gated_sum(gates, outputs, query, value)
+    return total, outputs, lses, seen
 
 
 def _attend_forward(config, arrays, gates, routing):
-    outputs, lses, seen = _branches(config, arrays, gates, routing)
-    return gated_sum(gates, outputs, arrays.query, arrays.value), (arrays, gates, outputs, lses, seen)
+    total, outputs, lses, seen = _branches(config, arrays, gates, routing, keep=True)
+    return total, (arrays, gates, outputs, lses, seen)
 
 
 def _attend_backward(config, residuals, d_output):

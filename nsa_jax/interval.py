@@ -47,16 +47,34 @@ def _pairs(T: int, C: int, spec: Spec) -> int:
     return T * spec.reach if spec.reach else T * C // 2
 
 
+def _on_hopper(query: Array, key: Array, value: Array, spec: Spec) -> bool:
+    """Whether the forward pass is that of kernels/interval_hopper.py."""
+    most_seen = spec.reach or key.shape[1]
+    return most_seen >= tiling.INTERVAL_HOPPER_KEYS and interval_hopper.fits(query, value, spec.scale)
+
+
+def adds_up(query: Array, key: Array, value: Array, spec: Spec) -> bool:
+    """Whether there is a `forward_and_sum`."""
+    return _on_hopper(query, key, value, spec) and interval_hopper.fits_sum(query, value)
+
+
+def forward_and_sum(
+    query: Array, key: Array, value: Array, intervals: Intervals, spec: Spec, addends: interval_hopper.Addends
+) -> tuple[Array | None, Array, Array]:
+    """(output [B, T, N, V] if it is kept, lse float32 [B, T, N], gated sum [B, T, N, V])."""
+    pairs = _pairs(query.shape[1], key.shape[1], spec)
+    return interval_hopper.forward(query, key, value, intervals, spec.scale, pairs, addends)
+
+
 def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: Spec) -> tuple[Array, Array]:
     """(output [B, T, N, V], lse float32 [B, T, N])."""
     from nsa_jax.kernels import interval as kernels
 
     if key.shape[1] == 0:
         return nothing_seen(query, value)
-    most_seen = spec.reach or key.shape[1]
-    if most_seen >= tiling.INTERVAL_HOPPER_KEYS and interval_hopper.fits(query, value, spec.scale):
+    if _on_hopper(query, key, value, spec):
         pairs = _pairs(query.shape[1], key.shape[1], spec)
-        return interval_hopper.forward(query, key, value, intervals, spec.scale, pairs)
+        return interval_hopper.forward(query, key, value, intervals, spec.scale, pairs)[:2]
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_forward, kernels.forward, shape, query.dtype)
 

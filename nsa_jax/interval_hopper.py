@@ -1,5 +1,7 @@
 """Starts kernels/interval_hopper.py and interval_hopper_keys.py: compressed and sliding branch on Hopper GPUs."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,20 @@ from nsa_jax.residuals import Branch
 from nsa_jax.segments import Intervals
 
 Array = jax.Array
+
+
+class Addends(NamedTuple):
+    """What is to be added up where a branch's output is at hand.
+
+    Attributes:
+        gate: [B, T, N], of the branch itself.
+        others: (output [B, T, N, V], gate [B, T, N]) of one or two other branches.
+        keep: whether the branch's own output is wanted, too.
+    """
+
+    gate: Array
+    others: tuple[tuple[Array, Array], ...]
+    keep: bool
 
 
 def fits(query: Array, value: Array, scale: float) -> bool:
@@ -24,30 +40,48 @@ def _shape(query: Array, value: Array, scale: float) -> dict:
     return {"T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "B": B, "SCALE": scale}
 
 
+def fits_sum(query: Array, value: Array) -> bool:
+    """Whether `forward`, where it fits, adds up gated outputs too: it puts its own where the queries were."""
+    return value.shape[3] <= query.shape[3]
+
+
 def forward(
-    query: Array, key: Array, value: Array, intervals: Intervals, scale: float, pairs: int
-) -> tuple[Array, Array]:
-    """(output [B, T, N, V], lse float32 [B, T, N]), as `interval.forward` gives them.
+    query: Array, key: Array, value: Array, intervals: Intervals, scale: float, pairs: int,
+    addends: Addends | None = None,
+) -> tuple[Array | None, Array, Array | None]:  # fmt: skip
+    """(output [B, T, N, V], lse float32 [B, T, N]), as `interval.forward` gives them, and the sum of the addends.
 
     pairs: about how many (query, key) pairs a head computes, for profiles.
     """
     from nsa_jax.kernels import interval_hopper as kernels
 
-    def run(query, key, value, key_begin, key_end):
+    others = [] if addends is None else [array for pair in addends.others for array in pair]
+    keep = addends is None or addends.keep
+
+    def run(query, key, value, key_begin, key_end, *summed):
         (B, T, N, K), V = query.shape, value.shape[3]
         shape = _shape(query, value, scale)
         tiles = -(-T * shape["G"] // tiling.INTERVAL_HOPPER_ROWS)
         programs = min(tiles * shape["H"] * B, launch.multiprocessors())  # one fits on each
+        whole = jax.ShapeDtypeStruct((B, T, N, V), query.dtype)
+        placeholder = jax.ShapeDtypeStruct((B, 1, 1, 1), query.dtype)
+        summed = (*summed, *[query] * (5 - len(summed)))
         return launch.launch(
             kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
-            key_begin, key_end,
-            outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
+            key_begin, key_end, *summed,
+            outputs=(
+                whole if keep else placeholder,
+                jax.ShapeDtypeStruct((B, T, N), jnp.float32),
+                whole if others else placeholder,
+            ),
             programs=programs, warps=4, stages=1, flops=2 * B * N * pairs * (K + V),
-            TILES=tiles, PROGRAMS=programs, STAGES=tiling.interval_hopper_stages(K, V), **shape,
+            OTHERS=len(others) // 2, KEEP=keep, TILES=tiles, PROGRAMS=programs,
+            STAGES=tiling.interval_hopper_stages(K, V), **shape,
         )  # fmt: skip
 
-    output, lse = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end)
-    return output, lse
+    summed = (addends.gate, *others) if addends else ()
+    output, lse, total = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end, *summed)
+    return output if keep else None, lse, total if addends else None
 
 
 def backward_key_value(

@@ -142,11 +142,13 @@ class Tiled(NamedTuple):
         block_shape: sides of a block, one per axis.
         swizzled: whether the kernel is written in Gluon, where a descriptor tells how blocks lie in shared memory: as
             products want them, rows of at least 128 bytes in a swizzle of 128.
+        axes: the order in which the kernel sees the array's axes; None for as they are.
     """
 
     array: Array
     block_shape: tuple[int, ...]
     swizzled: bool = False
+    axes: tuple[int, ...] | None = None
 
 
 def key_tiles(kernel, keys: int, *arrays: Array) -> tuple[Array | Tiled, ...]:
@@ -164,10 +166,19 @@ def query_tiles(kernel, rows: int, group: int, *arrays: Array) -> tuple[Array | 
     return arrays
 
 
-def row_pieces(x: Array, group: int, rows: int = 64) -> Tiled:
-    """x [B, T, N, D] as the kernels for Hopper copy queries: 64 columns of `rows` (token, head of the group) pairs."""
-    heads = min(group, rows)
-    return Tiled(x, (1, rows // heads, heads, 64), swizzled=True)
+def row_pieces(x: Array, group: int) -> Tiled:
+    """x [B, T, N, D] as the kernels for Hopper copy queries: 64 columns of 64 (token, head of the group) pairs."""
+    heads = min(group, 64)
+    return Tiled(x, (1, 64 // heads, heads, 64), swizzled=True)
+
+
+def neighbour_pieces(x: Array, group: int, tokens: int) -> Tiled:
+    """x [B, T, N, D] as kernels/selection_hopper.py copies queries: 64 columns of the same 8 / tokens heads of so many
+    tokens, for all heads of the group."""
+    B, T, N, D = x.shape
+    heads = 8 // tokens
+    pieces = x.reshape(B, T, N // heads, heads, D)
+    return Tiled(pieces, (1, group // heads, tokens, heads, 64), swizzled=True, axes=(0, 2, 1, 3, 4))
 
 
 def token_pieces(x: Array, group: int) -> Tiled:
@@ -281,7 +292,12 @@ def _descriptor(tiled: Tiled):
         from triton.experimental.gluon.language import NVMMASharedLayout
 
         layout = NVMMASharedLayout(128, 8 * tiled.array.dtype.itemsize, len(tiled.block_shape))
-    return _jax_triton().TensorDescriptor.from_array(tiled.array, tiled.block_shape, layout)
+    shape = tiled.array.shape
+    axes = tiled.axes or range(len(shape))
+    return _jax_triton().TensorDescriptor(
+        tiled.array, tuple(shape[i] for i in axes), tuple(math.prod(shape[i + 1 :]) for i in axes), tiled.block_shape,
+        layout,
+    )  # fmt: skip
 
 
 @functools.cache

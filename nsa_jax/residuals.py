@@ -9,9 +9,11 @@ from jax.ad_checkpoint import checkpoint_name
 BRANCHES = ("compressed", "selected", "sliding")
 
 #: The names that outputs, lse and selections of the ops carry, for `jax.checkpoint_policies.save_only_these_names`.
+#: "nsa_output" is the gated sum of the branches, where a branch's kernel computes it.
 CHECKPOINT_NAMES = (
     *(f"nsa_{branch}_{part}" for branch in BRANCHES for part in ("output", "lse")),
     "nsa_block_indices",
+    "nsa_output",
 )
 
 

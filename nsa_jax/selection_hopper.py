@@ -25,8 +25,9 @@ def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: 
     G = N // H
     tiles = -(-T * G // tiling.SELECTION_HOPPER_ROWS)
     programs = min(tiles * H * B, launch.multiprocessors())  # one fits on each
+    queries = launch.neighbour_pieces(query, G, tiling.selection_hopper_neighbours(G))
     (block_indices,) = launch.launch(
-        kernels.select, launch.row_pieces(query, G, tiling.SELECTION_HOPPER_ROWS // 2), launch.key_pieces(key), *arrays,
+        kernels.select, queries, launch.key_pieces(key), *arrays,
         outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
         programs=programs if S else 0, warps=4, stages=1, flops=flops,
         T=T, H=H, G=G, K=K, B=B, S=S, SHARE=SHARE, LIST=tiling.selection_entries(S), TILES=tiles, PROGRAMS=programs,

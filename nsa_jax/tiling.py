@@ -312,12 +312,19 @@ def selection_hopper(capability: int, width: int, itemsize: int, group: int, cou
     """Whether kernels/selection_hopper.py is for this architecture and shape; width: of keys, count and share as in
     `selection`."""
     fits = width in (64, 128) and group in (8, 16, 32, 64) and count <= 64 and share in (1, 2, 4, 8)
-    return capability == 90 and itemsize == 2 and fits
+    # with few windows to a block, or many tokens to a unit, its lists take longer than its products
+    is_faster = share >= 4 or (group >= 16 and count <= 32)
+    return capability == 90 and itemsize == 2 and fits and is_faster
+
+
+def selection_hopper_neighbours(group: int) -> int:
+    """Tokens that lie side by side in the columns of a product of kernels/selection_hopper.py."""
+    return min(4, SELECTION_HOPPER_ROWS // 2 // group)
 
 
 def selection_hopper_stages(width: int, group: int) -> int:
     """Slots of the ring of kernels/selection_hopper.py, beside the queries of two units and two chunks of sums."""
-    queries = 2 * 2 * SELECTION_HOPPER_ROWS * width
+    queries = 2 * SELECTION_HOPPER_ROWS * (2 * width + 4)  # with a number in float32 each
     sums = 2 * 4 * SELECTION_HOPPER_ROWS // group * _SELECTION_HOPPER_WINDOWS
     room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - queries - sums
     return min(_HOPPER_STAGES, room // (2 * HOPPER_KEYS * width))

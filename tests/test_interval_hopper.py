@@ -11,6 +11,7 @@ from cases import (
     assert_close,
     assert_same_bits,
     assert_small_error_ratio,
+    branch_gates,
     float32_of,
     normal,
     packing,
@@ -18,10 +19,19 @@ from cases import (
     row,
     run,
     spans,
+    value_and_gradients,
     without_infinities,
 )
 
-from nsa_jax import compressed_attention, interval_hopper, sliding_window_attention, tiling
+from nsa_jax import (
+    compress,
+    compressed_attention,
+    interval,
+    interval_hopper,
+    native_sparse_attention,
+    sliding_window_attention,
+    tiling,
+)
 
 # T, window_size, G, H, K, V, dtype, packed
 SLIDING = [
@@ -95,6 +105,38 @@ def test_compressed_matches_reference(hopper, shape):
     options = {"window": window, "stride": stride, "segment_ids": packing(T) if packed else None, "scale": 0.1}
     arrays = qkv(T, 2 if packed else 1, T, G * H, H, K, V, C=T // stride, dtype=dtype)
     assert_matches_reference(compressed, arrays, options, packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropped", [None, "compressed_gate", "selected_gate"])
+@pytest.mark.parametrize("G, K, V, dtype", [(16, 128, 128, "bfloat16"), (8, 128, 64, "float16")])
+def test_gated_sum_in_the_sliding_kernel(hopper, dropped, G, K, V, dtype):
+    T, H = 333, 2
+    query, key, value = qkv(T, 2, T, G * H, H, K, V, dtype=dtype)
+    gates = {name: gate for name, gate in branch_gates(3, 2, T, G * H, dtype).items() if name != dropped}
+    windows = {"window": 16, "stride": 16, "segment_ids": packing(T)}
+    arrays = {"query": query, "key": key, "value": value, **gates}
+    if dropped != "compressed_gate":
+        arrays |= {"compressed_key": compress(key, **windows), "compressed_value": compress(value, **windows)}
+    options = {
+        "window_size": 150, "block_size": 64, "compression_window": 16, "compression_stride": 16,
+        "segment_ids": packing(T), "block_counts": 3,
+    }  # fmt: skip
+    options["block_indices"] = jnp.asarray(np.random.default_rng(4).integers(0, 6, (2, T, H, 3)), jnp.int32)
+    spec = interval.Spec("sliding", K**-0.5, "ieee", reach=150)
+    assert interval.adds_up(query, key, value, spec)
+    cotangent = normal(9, *query.shape[:3], V, dtype=dtype)
+
+    def attend(implementation):
+        return functools.partial(native_sparse_attention, implementation=implementation, **options)
+
+    actual = value_and_gradients(attend("triton"), arrays, cotangent)
+    wide = {name: array.astype(jnp.float32) for name, array in arrays.items()}
+    expected = value_and_gradients(attend("xla"), wide, cotangent.astype(jnp.float32))
+    assert_small_error_ratio(without_infinities(actual), without_infinities(expected), RATIO)
+    np.testing.assert_array_equal(np.asarray(actual[0][1], np.float32), 0.0)  # a row of padding
+    # without gradients the branch's own output is not written
+    assert_same_bits([jax.jit(attend("triton"))(**arrays)], actual[:1])
 
 
 @pytest.mark.gpu

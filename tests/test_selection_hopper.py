@@ -29,7 +29,9 @@ def arrays(seed, B, T, N, H, K, window, stride, dtype, segment_ids=None):
     """Query, compressed keys and the lse of the compressed branch."""
     query, key, value = qkv(seed, B, T, N, H, K, 4, C=T // stride, dtype=dtype)
     options = {"window": window, "stride": stride, "segment_ids": segment_ids}
-    _, lse = compressed_attention(*float32_of((query, key, value)), implementation="xla", return_residual=True, **options)
+    _, lse = compressed_attention(
+        *float32_of((query, key, value)), implementation="xla", return_residual=True, **options
+    )
     return query, key, lse
 
 
@@ -91,9 +93,9 @@ def test_forced_blocks_and_counts(hopper, num_init, num_local):
 def test_ties_go_to_the_smaller_index(hopper):
     T, block_size, S = 700, 16, 5
     # whole numbers, exact in any order of summation, and equal keys: equal importances
-    query = jnp.round(normal(4, 1, T, 8, 64)).astype(jnp.bfloat16)
+    query = jnp.round(normal(4, 1, T, 16, 64)).astype(jnp.bfloat16)
     key = jnp.broadcast_to(jnp.round(normal(5, 64)).astype(jnp.bfloat16), (1, T // block_size, 1, 64))
-    actual = select("triton", block_counts=S, block_size=block_size)(query, key, jnp.full((1, T, 8), 5.0))
+    actual = select("triton", block_counts=S, block_size=block_size)(query, key, jnp.full((1, T, 16), 5.0))
     for t in range(T):
         own = t // block_size
         expected = forced(own, 1, 2)
@@ -139,7 +141,8 @@ def test_nan_on_padding_and_in_empty_slots_stays_there(hopper):
 @pytest.mark.gpu
 def test_vmap_equals_a_loop(hopper):
     run = functools.partial(select_blocks, block_counts=3, block_size=16, implementation="triton")
-    inputs = [jnp.stack(pair) for pair in zip(*(arrays(s, 1, 90, 16, 1, 64, 16, 16, "bfloat16") for s in (8, 9)))]
+    inputs = [arrays(seed, 1, 90, 16, 1, 64, 16, 16, "bfloat16") for seed in (8, 9)]
+    inputs = [jnp.stack(pair) for pair in zip(*inputs, strict=True)]
     assert_same_bits(jax.jit(jax.vmap(run))(*inputs), [run(*(x[i] for x in inputs)) for i in range(2)])
 
 
@@ -148,9 +151,11 @@ def test_where_it_is_used():
         return tiling.selection_hopper(capability, width, itemsize, group, count, share)
 
     assert all(used(group=group, width=64, share=8, count=64) for group in (8, 16, 32, 64))
+    assert all(used(group=group, share=share, count=32) for group in (16, 32, 64) for share in (1, 2))
     for other in (
-        {"capability": tiling.INTERPRETER}, {"capability": 80}, {"capability": 100}, {"itemsize": 4}, {"group": 4},
-        {"group": 12}, {"group": 128}, {"width": 192}, {"width": 32}, {"count": 65}, {"share": 16},
+        {"capability": tiling.INTERPRETER}, {"capability": 80}, {"capability": 100}, {"itemsize": 4}, {"width": 192},
+        {"width": 32}, {"group": 4, "share": 4}, {"group": 12}, {"group": 128}, {"count": 65, "share": 4}, {"share": 16},
+        {"group": 8}, {"group": 8, "share": 2}, {"count": 33},
     ):  # fmt: skip
         assert not used(**other), other
 
