@@ -154,8 +154,8 @@ def test_where_it_is_used():
     assert all(used(group=group, share=share, count=32) for group in (16, 32, 64) for share in (1, 2))
     for other in (
         {"capability": tiling.INTERPRETER}, {"capability": 80}, {"capability": 100}, {"itemsize": 4}, {"width": 192},
-        {"width": 32}, {"group": 4, "share": 4}, {"group": 12}, {"group": 128}, {"count": 65, "share": 4}, {"share": 16},
-        {"group": 8}, {"group": 8, "share": 2}, {"count": 33},
+        {"width": 32}, {"group": 4, "share": 4}, {"group": 12}, {"group": 128}, {"count": 65, "share": 4},
+        {"share": 16}, {"group": 8}, {"group": 8, "share": 2}, {"count": 33},
     ):  # fmt: skip
         assert not used(**other), other
 
