@@ -3,8 +3,8 @@
 A unit is two tiles of 128 (token, head of the group) pairs, one for each of two warpgroups. A warp of its own copies a
 unit's queries, then its keys into a ring of STAGES slots, each with a note of what it is. The two warpgroups take the
 products, keys as rows, sum the probabilities over the group, and hand sums [token, WINDOWS] to a third one, which keeps
-the lists of the unit's tokens while they go on. The queries lie so that a thread holds all heads of its tokens
-(`_column_of`), whose sum then needs no other thread.
+the lists of the unit's tokens while they go on. The queries lie so that a thread holds all heads of its tokens, or at
+G = 64 half of them (`_column_of`): their sum takes no other thread, or one.
 
 In the loop that puts candidates into the lists each warp of the third goes round as often as its own tokens need
 (`_any`). That is sound while nothing in there makes warps wait for others: its reductions are within a warp.
@@ -33,7 +33,11 @@ NOTES = gl.constexpr(16)  # at least as many as there are slots
 CHUNKS = gl.constexpr(2)  # of sums, in shared memory
 SCORES = gl.constexpr(product_layout(128))
 COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES.value))
-FIRST, LAST, END = gl.constexpr(4), gl.constexpr(8), gl.constexpr(16)  # notes on slots: of a unit, of a chunk, of all
+FIRST, LAST, END = (
+    gl.constexpr(4),
+    gl.constexpr(8),
+    gl.constexpr(16),
+)  # notes: a unit's first slot, a chunk's last, no more
 KEPT = gl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
 NONE = gl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list
 
@@ -107,7 +111,7 @@ def _note(notes, full, n, STAGES: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _neighbours(group):
+def neighbours(group):
     """Tokens that lie side by side in a tile's columns, and heads of each that do: eight pairs."""
     tokens = min(4, ROWS.value // group)
     return tokens, 8 // tokens
@@ -115,21 +119,19 @@ def _neighbours(group):
 
 @gluon.jit
 def _column_of(n, G: gl.constexpr):
-    """Token and head of the group of a tile's column: so that the heads of a token lie in one thread's registers."""
-    TOKENS: gl.constexpr = _neighbours(G)[0]
-    HEADS: gl.constexpr = _neighbours(G)[1]
+    """Token and head of the group of a tile's column."""
+    TOKENS: gl.constexpr = neighbours(G)[0]
+    HEADS: gl.constexpr = neighbours(G)[1]
     return n // (TOKENS * G) * TOKENS + n % 8 // HEADS, n % (TOKENS * G) // 8 * HEADS + n % HEADS
 
 
 @gluon.jit
 def _copy_rows(query, tile, barrier, row, token, head, G: gl.constexpr, K: gl.constexpr):
     """The queries of a tile of tokens from `token` on, in the order of `_column_of`."""
-    TOKENS: gl.constexpr = _neighbours(G)[0]
-    HEADS: gl.constexpr = _neighbours(G)[1]
+    TOKENS: gl.constexpr = neighbours(G)[0]
+    HEADS: gl.constexpr = neighbours(G)[1]
     PIECES: gl.constexpr = ROWS // (TOKENS * G)
-    parts = tile.reinterpret(
-        query.dtype, [K // WIDTH * PIECES, 1, G // HEADS, TOKENS, HEADS, WIDTH], query.layout
-    )  # fmt: skip
+    parts = tile.reinterpret(query.dtype, [K // WIDTH * PIECES, 1, G // HEADS, TOKENS, HEADS, WIDTH], query.layout)
     for part in gl.static_range(K // WIDTH):
         for piece in gl.static_range(PIECES):
             tma.async_load(
@@ -193,8 +195,8 @@ def _copy(
 def _over_group(score, row_lse, FACTOR: gl.constexpr, G: gl.constexpr):
     """Score [KEYS, ROWS] to the probability of each window, summed over the heads of the group: [KEYS, M, tokens that
     lie side by side]."""
-    TOKENS: gl.constexpr = _neighbours(G)[0]
-    HEADS: gl.constexpr = _neighbours(G)[1]
+    TOKENS: gl.constexpr = neighbours(G)[0]
+    HEADS: gl.constexpr = neighbours(G)[1]
     p = gl.exp2(score * FACTOR - row_lse[None, :])
     return gl.sum(gl.sum(gl.reshape(p, [KEYS, ROWS // (TOKENS * G), G // HEADS, TOKENS, HEADS]), 4), 2)
 
@@ -202,12 +204,12 @@ def _over_group(score, row_lse, FACTOR: gl.constexpr, G: gl.constexpr):
 @gluon.jit
 def _sum_place(token, window, G: gl.constexpr):
     """Where a window's sum stands: so that the eight windows of tokens side by side lie in different banks."""
-    return token * WINDOWS + (window ^ token % _neighbours(G)[0] * 8)
+    return token * WINDOWS + (window ^ token % neighbours(G)[0] * 8)
 
 
 @gluon.constexpr_function
 def _store_sums(pieces, tokens):
-    """Assembly that stores a thread's sums: of two keys, whose addresses come first, for every piece of tokens."""
+    """Assembly that stores a thread's sums, of its two keys per piece of tokens; the keys' addresses come first."""
     return "\n".join(
         f"st.shared.f32 [${i % 2}+{4 * WINDOWS.value * tokens * (i // 2)}], ${2 + i};" for i in range(2 * pieces)
     )
@@ -215,6 +217,7 @@ def _store_sums(pieces, tokens):
 
 @gluon.constexpr_function
 def _inputs(addresses, floats):
+    """Constraints of assembly that writes floats to memory."""
     return ",".join(["r"] * addresses + ["f"] * floats + ["~{memory}"])
 
 
@@ -224,7 +227,7 @@ def _hand_over(
     G: gl.constexpr,
 ):  # fmt: skip
     """Gives the sums of a slot to the keepers of the lists; the number of the chunk to go on with."""
-    TOKENS: gl.constexpr = _neighbours(G)[0]
+    TOKENS: gl.constexpr = neighbours(G)[0]
     PIECES: gl.constexpr = ROWS // (TOKENS * G)
     p = _over_group(score, row_lse, FACTOR, G)
     layout: gl.constexpr = gl.SliceLayout(1, p.type.layout)
@@ -244,6 +247,15 @@ def _hand_over(
 
 
 @gluon.jit
+def _product(n, done, queries, keys, GROUP: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr):
+    """The score [KEYS, ROWS] of the n-th slot with the queries of unit number `done`, still running."""
+    slot = n % STAGES
+    nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, SCORES)
+    q = as_columns(queries.index(done % 2 * GROUPS + GROUP), ROWS, K)
+    return warpgroup_mma(as_rows(keys.index(slot), KEYS, K), q, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _score_on(
     score, note, n, done, chunk, row_lse, queries, keys, statistics, notes, sums, rows_full, rows_empty, full, empty,
     sums_full, sums_empty, GROUP: gl.constexpr, G: gl.constexpr, K: gl.constexpr, SCALE: gl.constexpr,
@@ -255,14 +267,11 @@ def _score_on(
     if next_unit:
         done += 1
         mbarrier.wait(rows_full.index(done % 2), (done // 2) & 1)
-    slot = (n + 1) % STAGES
-    nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, SCORES)
-    q = as_columns(queries.index(done % 2 * GROUPS + GROUP), ROWS, K)
-    # after the last slot a product that nobody reads
-    product = warpgroup_mma(as_rows(keys.index(slot), KEYS, K), q, nothing, use_acc=False, is_async=True)
+    # after the last slot one that nobody reads
+    product = _product(n + 1, done, queries, keys, GROUP, K, STAGES)
     chunk = _hand_over(score, note, row_lse, sums, sums_full, sums_empty, chunk, GROUP, SCALE * LOG2E, G)
     product = warpgroup_mma_wait(0, deps=[product])
-    arrive(empty.index(slot))
+    arrive(empty.index((n + 1) % STAGES))
     if next_unit:
         arrive(rows_empty.index((done + 1) % 2))
         row_lse = statistics.index(done % 2 * GROUPS + GROUP).load(COLUMN)
@@ -279,9 +288,7 @@ def _score(
     if note < END:
         mbarrier.wait(rows_full.index(0), 0)
         row_lse = statistics.index(GROUP).load(COLUMN)
-        nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, SCORES)
-        q = as_columns(queries.index(GROUP), ROWS, K)
-        score = warpgroup_mma(as_rows(keys.index(0), KEYS, K), q, nothing, use_acc=False, is_async=True)
+        score = _product(0, 0, queries, keys, GROUP, K, STAGES)
         score = warpgroup_mma_wait(0, deps=[score])
         arrive(empty.index(0))
         n = 0
@@ -302,6 +309,7 @@ def _score(
 
 @gluon.constexpr_function
 def _load_each(outputs, inputs):
+    """Assembly that loads a float from every address."""
     return "\n".join(f"ld.shared.f32 {x}, [{at}];" for x, at in zip(outputs[0], inputs[0], strict=True))
 
 
@@ -326,7 +334,7 @@ def _to_next(base, token, block, seen, G: gl.constexpr, HIDE: gl.constexpr, SHAR
 def _importance(
     base, token, block, seen, carry, G: gl.constexpr, HIDE: gl.constexpr, SHARE: gl.constexpr, REACH: gl.constexpr
 ):
-    """[TOKENS, N]: of a chunk's blocks. A block is SHARE strides, a window REACH: the i-th window of a block shares
+    """[TOKENS, M, 32]: of a chunk's blocks. A block is SHARE strides, a window REACH: the i-th window of a block shares
     min(REACH, SHARE - i) of them with it, the rest with the next block. carry: what the chunk before gives."""
     total = min(REACH, SHARE) * _window(base, token, block * SHARE, seen, G, HIDE)
     for i in gl.static_range(1, SHARE):
@@ -338,13 +346,14 @@ def _importance(
 
 @gluon.constexpr_function
 def _or_all(outputs, inputs):
+    """Assembly that gives the bitwise or of a thread's integers."""
     to = outputs[0][0]
     return "\n".join([f"mov.u32 {to}, 0;", *(f"or.b32 {to}, {to}, {x};" for x in inputs[0])])
 
 
 @gluon.jit
 def _any(x):
-    """Whether x [TOKENS], integers, is not 0 for any token of this warp: a scalar that differs by warp."""
+    """Whether x [TOKENS, 1, 1], integers, is not 0 for any token of this warp: a scalar that differs by warp."""
     return gl.inline_asm(_or_all, ("=&r", "r"), [x], gl.int32) != 0
 
 
@@ -379,7 +388,8 @@ def _compare(rank, block, list_rank, list_block):
     worst = gl.min(gl.min(list_rank, 2, keep_dims=True), 1, keep_dims=True)
     evicted = gl.where(list_rank == worst, list_block, -1)
     evicted = gl.max(gl.max(evicted, 2, keep_dims=True), 1, keep_dims=True)
-    better = (best > worst) | ((best == worst) & (best >= 0) & (chosen < evicted))
+    # a rank that is not a number may be KEPT
+    better = (best > worst) | ((best == worst) & (best >= 0) & (best < KEPT) & (chosen < evicted))
     return best, chosen, evicted, better
 
 

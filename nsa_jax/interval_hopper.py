@@ -55,8 +55,8 @@ def forward(
     """
     from nsa_jax.kernels import interval_hopper as kernels
 
-    others = [] if addends is None else [array for pair in addends.others for array in pair]
     keep = addends is None or addends.keep
+    summed = () if addends is None else (addends.gate, *(array for pair in addends.others for array in pair))
 
     def run(query, key, value, key_begin, key_end, *summed):
         (B, T, N, K), V = query.shape, value.shape[3]
@@ -65,23 +65,21 @@ def forward(
         programs = min(tiles * shape["H"] * B, launch.multiprocessors())  # one fits on each
         whole = jax.ShapeDtypeStruct((B, T, N, V), query.dtype)
         placeholder = jax.ShapeDtypeStruct((B, 1, 1, 1), query.dtype)
-        summed = (*summed, *[query] * (5 - len(summed)))
         return launch.launch(
             kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
-            key_begin, key_end, *summed,
+            key_begin, key_end, *summed, *[key_begin] * (5 - len(summed)),
             outputs=(
                 whole if keep else placeholder,
                 jax.ShapeDtypeStruct((B, T, N), jnp.float32),
-                whole if others else placeholder,
+                whole if summed else placeholder,
             ),
             programs=programs, warps=4, stages=1, flops=2 * B * N * pairs * (K + V),
-            OTHERS=len(others) // 2, KEEP=keep, TILES=tiles, PROGRAMS=programs,
+            OTHERS=len(summed) // 2, KEEP=keep, TILES=tiles, PROGRAMS=programs,
             STAGES=tiling.interval_hopper_stages(K, V), **shape,
         )  # fmt: skip
 
-    summed = (addends.gate, *others) if addends else ()
     output, lse, total = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end, *summed)
-    return output if keep else None, lse, total if addends else None
+    return output if keep else None, lse, total if summed else None
 
 
 def backward_key_value(

@@ -172,11 +172,10 @@ def row_pieces(x: Array, group: int) -> Tiled:
     return Tiled(x, (1, 64 // heads, heads, 64), swizzled=True)
 
 
-def neighbour_pieces(x: Array, group: int, tokens: int) -> Tiled:
-    """x [B, T, N, D] as kernels/selection_hopper.py copies queries: 64 columns of the same 8 / tokens heads of so many
-    tokens, for all heads of the group."""
+def neighbour_pieces(x: Array, group: int, tokens: int, heads: int) -> Tiled:
+    """x [B, T, N, D] as kernels/selection_hopper.py copies queries: 64 columns of the group's first so many heads of so
+    many tokens, then of the next heads, and so on."""
     B, T, N, D = x.shape
-    heads = 8 // tokens
     pieces = x.reshape(B, T, N // heads, heads, D)
     return Tiled(pieces, (1, group // heads, tokens, heads, 64), swizzled=True, axes=(0, 2, 1, 3, 4))
 
@@ -208,7 +207,7 @@ def launch(
         kernel: a triton.jit function whose parameters are the input pointers, the output pointers, then constexprs.
             The constexpr DESCRIPTORS, if it has one, tells whether it got Tiled arrays.
         *arrays: one array per input pointer, one Tiled per tensor descriptor.
-        outputs: shape and dtype per output pointer; the kernel writes every element.
+        outputs: shape and dtype per output pointer; the kernel writes every element of those that the caller looks at.
         programs: size of the grid, which has one axis.
         warps, stages: num_warps and num_stages.
         flops: floating-point operations, for profiles.

@@ -25,7 +25,7 @@ def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: 
     G = N // H
     tiles = -(-T * G // tiling.SELECTION_HOPPER_ROWS)
     programs = min(tiles * H * B, launch.multiprocessors())  # one fits on each
-    queries = launch.neighbour_pieces(query, G, tiling.selection_hopper_neighbours(G))
+    queries = launch.neighbour_pieces(query, G, *kernels.neighbours(G))
     (block_indices,) = launch.launch(
         kernels.select, queries, launch.key_pieces(key), *arrays,
         outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),

@@ -317,11 +317,6 @@ def selection_hopper(capability: int, width: int, itemsize: int, group: int, cou
     return capability == 90 and itemsize == 2 and fits and is_faster
 
 
-def selection_hopper_neighbours(group: int) -> int:
-    """Tokens that lie side by side in the columns of a product of kernels/selection_hopper.py."""
-    return min(4, SELECTION_HOPPER_ROWS // 2 // group)
-
-
 def selection_hopper_stages(width: int, group: int) -> int:
     """Slots of the ring of kernels/selection_hopper.py, beside the queries of two units and two chunks of sums."""
     queries = 2 * SELECTION_HOPPER_ROWS * (2 * width + 4)  # with a number in float32 each

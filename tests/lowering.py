@@ -53,6 +53,21 @@ def compressed(K, V):
     return function, (*qkv(K, V, C=T // BLOCK), SEGMENT_IDS)
 
 
+def selection(K, V):
+    import nsa_jax
+
+    stride, window = 16, 32
+
+    def function(query, key, lse, segment_ids):
+        return nsa_jax.select_blocks(
+            query, key, lse, block_size=BLOCK, window=window, stride=stride, segment_ids=segment_ids,
+            implementation="triton",
+        )  # fmt: skip
+
+    query, key, _ = qkv(K, V, C=T // stride)
+    return function, (query, key, struct(B, T, N, dtype=jnp.float32), SEGMENT_IDS)
+
+
 def native(K, V, window_size=512):
     import nsa_jax
 
@@ -81,6 +96,7 @@ def native_in_one_pass(K, V):
 OPS = {
     "sliding_window_attention": sliding,
     "compressed_attention": compressed,
+    "select_blocks": selection,
     "native_sparse_attention": native,
     "native_sparse_attention, short window": native_in_one_pass,
 }
@@ -117,6 +133,16 @@ def largest_tensor(module: str) -> int:
     return max(math.prod(map(int, shape.rstrip("x").split("x"))) for shape in shapes)
 
 
+def loops(ptx: str) -> list[str]:
+    """What lies between a label and a later branch back to it."""
+    lines = ptx.splitlines()
+    labels = {label[1]: i for i, line in enumerate(lines) if (label := re.match(r"(\$\w+):", line))}
+    branches = ((re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line), i) for i, line in enumerate(lines))
+    return [
+        "\n".join(lines[labels[branch[1]] : i]) for branch, i in branches if branch and labels.get(branch[1], i) < i
+    ]
+
+
 def compiled(folder: pathlib.Path) -> list[dict]:
     """Of every kernel in JAX_TRITON_DUMP_DIR the name, shared memory in bytes, and what ptxas says about its PTX."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -141,6 +167,10 @@ def compiled(folder: pathlib.Path) -> list[dict]:
                 # a scalar of kernels/selected_hopper.py that differs by warp
                 "warps_part": "%tid.x; shr.u32" in code,
                 "barriers": len(re.findall(r"\bbar\.sync", code)),
+                "rounds": [
+                    loop.count("bar.sync") for loop in loops(code) if "redux" in loop and "mbarrier" not in loop
+                ],
+                "gluon": "setmaxnreg" in code,
                 "serialised": "setmaxnreg" in code and "serialized" in done.stdout + done.stderr,
             }
         )
@@ -148,6 +178,7 @@ def compiled(folder: pathlib.Path) -> list[dict]:
 
 
 def facts_about(function, arrays) -> dict:
+    export(function, arrays)  # without gradients a kernel may write less
     exported = export(with_gradients(function), arrays)
     restored = jax.export.deserialize(exported.serialize())
     again = export(restored.call, arrays)

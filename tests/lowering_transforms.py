@@ -16,13 +16,13 @@ from lowering import export, struct
 import nsa_jax
 from nsa_jax.linen import NativeSparseAttention
 
-B, T, N, H, D = 2, 256, 16, 1, 64
+B, T, N, H, D = 2, 1024, 16, 1, 64
 
 
 def attend(query, key, value, gate, segment_ids):
     return nsa_jax.native_sparse_attention(
         query, key, value, compressed_gate=gate, selected_gate=gate, sliding_gate=gate, segment_ids=segment_ids,
-        window_size=100, implementation="triton",
+        window_size=512, implementation="triton",
     )  # fmt: skip
 
 
@@ -31,10 +31,22 @@ def with_gradients(query, key, value, gate, segment_ids):
     return output, pullback(output)
 
 
+POLICY = jax.checkpoint_policies.save_only_these_names(*nsa_jax.CHECKPOINT_NAMES)
+
+
+def squared(wrap):
+    """The gradient of a function whose derivative needs the output itself."""
+
+    def gradient(query, key, value, gate, segment_ids):
+        square = wrap(lambda x: attend(x, key, value, gate, segment_ids) ** 2)
+        return jax.grad(lambda x: square(x).astype(jnp.float32).sum())(query)
+
+    return gradient
+
+
 def scanned(query, key, value, gate, segment_ids):
     """The gradient of three layers under jax.checkpoint and jax.lax.scan."""
-    policy = jax.checkpoint_policies.save_only_these_names(*nsa_jax.CHECKPOINT_NAMES)
-    layer = jax.checkpoint(lambda x: x + attend(x, key, value, gate, segment_ids), policy=policy)
+    layer = jax.checkpoint(lambda x: x + attend(x, key, value, gate, segment_ids), policy=POLICY)
     return jax.grad(
         lambda x: jax.lax.scan(lambda x, _: (layer(x), None), x, None, length=3)[0].astype(jnp.float32).sum()
     )(query)
@@ -52,6 +64,8 @@ def main() -> None:
         "shard_map": export(jax.shard_map(with_gradients, mesh=mesh, in_specs=(rows,) * 5, out_specs=rows), arrays),
         "vmap": export(jax.vmap(with_gradients), [struct(3, *x.shape, dtype=x.dtype) for x in arrays]),
         "scan and remat": export(scanned, arrays),
+        "squared": export(squared(lambda function: function), arrays),
+        "squared and remat": export(squared(functools.partial(jax.checkpoint, policy=POLICY)), arrays),
         "layer": export(jax.grad(lambda params, x: module.apply(params, x).sum()), (params, x)),
     }
     modules = {name: exported.mlir_module() for name, exported in lowered.items()}

@@ -57,13 +57,19 @@ def test_forward_and_backward_compile(capability, names):
         {"forward", "backward_query"} if capability == 90 and names == ["native_sparse_attention"] else set()
     )
     assert all(kernel["barriers"] == 1 for kernel in parting)
+    # those of kernels/selection_hopper.py while they put candidates into their lists
+    lists = [kernel["rounds"] for kernel in facts["compiled"] if kernel["name"] == "select" and kernel["gluon"]]
+    assert bool(lists) == (capability == 90 and names != ["native_sparse_attention, short window"])
+    assert all(rounds and not any(rounds) for rounds in lists)
 
 
 def test_transformations():
-    facts = json.loads(script("lowering_transforms.py"))
+    facts = json.loads(script("lowering_transforms.py", NSA_JAX_COMPUTE_CAPABILITY="90"))
     kernels = {name: count for name, (count, _) in facts.items()}
     assert kernels["jit"] == kernels["shard_map"] == kernels["vmap"] == kernels["layer"] > 0
     assert 0 < kernels["scan and remat"] < kernels["jit"]  # keys and values need no gradient
+    # the gated sum is kept, which a kernel computes; the walk is done again
+    assert kernels["squared and remat"] == kernels["squared"] + 1 > 1
     # where a scan stacks the result of a kernel, XLA forgets which operand the result was to share memory with
     assert not any(aliased for _, aliased in facts.values())
 

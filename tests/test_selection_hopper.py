@@ -11,17 +11,19 @@ from test_selection import assert_well_formed, forced
 
 from nsa_jax import compressed_attention, select_blocks, selection_hopper, tiling
 
-# packed, T, G, H, K, block_size, window, stride, S, dtype
+# packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init_blocks, num_local_blocks)
 CASES = [
-    (False, 1, 16, 1, 64, 64, 64, 64, 4, "bfloat16"),
-    (True, 63, 8, 3, 128, 16, 4, 2, 2, "bfloat16"),
-    (True, 257, 16, 2, 128, 16, 16, 16, 3, "bfloat16"),
-    (False, 333, 32, 1, 64, 32, 16, 16, 5, "float16"),
-    (True, 600, 64, 1, 128, 16, 8, 4, 4, "bfloat16"),
-    (False, 1200, 8, 2, 64, 16, 4, 2, 9, "bfloat16"),  # several chunks, windows across their edges
-    (False, 1200, 16, 1, 128, 16, 6, 2, 37, "bfloat16"),  # a list of more than 32
-    (True, 4700, 16, 1, 128, 16, 16, 16, 6, "bfloat16"),
-    (False, 5000, 32, 1, 128, 16, 16, 16, 16, "float16"),
+    (False, 1, 16, 1, 64, 64, 64, 64, 4, "bfloat16", (1, 2)),
+    (True, 63, 8, 3, 128, 16, 4, 2, 2, "bfloat16", (1, 2)),
+    (True, 257, 16, 2, 128, 16, 16, 16, 3, "bfloat16", (0, 1)),
+    (False, 333, 32, 1, 64, 32, 16, 16, 5, "float16", (2, 2)),
+    (True, 600, 64, 1, 128, 16, 8, 4, 4, "bfloat16", (1, 2)),
+    (True, 700, 16, 2, 64, 16, 16, 4, 5, "bfloat16", (0, 1)),  # windows that reach beyond the query
+    (False, 1200, 8, 2, 64, 16, 4, 2, 9, "bfloat16", (1, 2)),  # several chunks, windows across their edges
+    (False, 1200, 8, 1, 64, 16, 8, 2, 6, "bfloat16", (1, 1)),  # both
+    (False, 1200, 16, 1, 128, 16, 6, 2, 37, "bfloat16", (3, 4)),  # a list of more than 32
+    (True, 4700, 16, 1, 128, 16, 16, 16, 6, "bfloat16", (1, 2)),
+    (False, 5000, 32, 1, 128, 16, 16, 16, 16, "float16", (1, 2)),
 ]
 
 
@@ -47,11 +49,14 @@ def is_within(inner, outer):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(hopper, case):
-    packed, T, G, H, K, block_size, window, stride, S, dtype = case
+    packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init, num_local) = case
     segment_ids = packing(T) if packed else None
     query, key, lse = arrays(T, 2 if packed else 1, T, G * H, H, K, window, stride, dtype, segment_ids)
     assert selection_hopper.fits(query, key, min(S, -(-T // block_size)), block_size // stride)
-    options = {"block_size": block_size, "window": window, "stride": stride, "segment_ids": segment_ids}
+    options = {
+        "block_size": block_size, "window": window, "stride": stride, "segment_ids": segment_ids,
+        "num_init_blocks": num_init, "num_local_blocks": num_local,
+    }  # fmt: skip
     run = select("triton", block_counts=S, **options)
     actual = np.asarray(run(query, key, lse))
     assert actual.shape == (*query.shape[:2], H, S) and actual.dtype == np.int32
@@ -72,36 +77,54 @@ def test_matches_reference(hopper, case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_init, num_local", [(0, 1), (1, 3), (2, 2), (3, 1)])
 def test_forced_blocks_and_counts(hopper, num_init, num_local):
-    T, S, block_size = 100, 4, 16
+    T, H, S, block_size = 100, 2, 4, 16
     segment_ids = jnp.asarray(row(T, (1, 80), (2, 20)))[None]
-    inputs = arrays(3, 1, T, 16, 1, 64, block_size, block_size, "bfloat16", segment_ids)
-    counts = np.random.default_rng(num_init).integers(-1, S + 2, (1, T, 1)).astype(np.int32)
-    actual = select(
-        "triton", block_size=block_size, segment_ids=segment_ids, block_counts=jnp.asarray(counts), max_block_count=S,
-        num_init_blocks=num_init, num_local_blocks=num_local,
-    )(*inputs)  # fmt: skip
-    assert_well_formed(np.asarray(actual))
-    for t in range(T):
-        own = (t if t < 80 else t - 80) // block_size
-        count = np.clip(counts[0, t, 0], 0, S)
-        listed = [j for j in np.asarray(actual[0, t, 0]) if j >= 0]
-        assert len(listed) == min(count, own + 1) and all(j <= own for j in listed)
-        assert set(forced(own, num_init, num_local)[:count]) <= set(listed)
+    inputs = arrays(3, 1, T, H * 16, H, 64, block_size, block_size, "bfloat16", segment_ids)
+    counts = np.random.default_rng(num_init).integers(-1, S + 2, (1, T, H)).astype(np.int32)
+    options = {
+        "block_size": block_size, "segment_ids": segment_ids, "block_counts": jnp.asarray(counts), "max_block_count": S,
+        "num_init_blocks": num_init, "num_local_blocks": num_local,
+    }  # fmt: skip
+    actual = np.asarray(select("triton", **options)(*inputs))
+    assert_well_formed(actual)
+    # at most five blocks, whose importances are far apart
+    np.testing.assert_array_equal(actual, select("xla", **options)(*float32_of(inputs)))
 
 
 @pytest.mark.gpu
-def test_ties_go_to_the_smaller_index(hopper):
+@pytest.mark.parametrize("stride", [16, 2])  # one chunk, and two
+def test_ties_go_to_the_smaller_index(hopper, stride):
     T, block_size, S = 700, 16, 5
     # whole numbers, exact in any order of summation, and equal keys: equal importances
     query = jnp.round(normal(4, 1, T, 16, 64)).astype(jnp.bfloat16)
-    key = jnp.broadcast_to(jnp.round(normal(5, 64)).astype(jnp.bfloat16), (1, T // block_size, 1, 64))
-    actual = select("triton", block_counts=S, block_size=block_size)(query, key, jnp.full((1, T, 16), 5.0))
-    for t in range(T):
+    key = jnp.broadcast_to(jnp.round(normal(5, 64)).astype(jnp.bfloat16), (1, T // stride, 1, 64))
+    lse = jnp.full((1, T, 16), 5.0)
+    options = {"block_counts": S, "block_size": block_size, "window": stride, "stride": stride}
+    assert_ties_go_to_the_smaller_index(select("triton", **options)(query, key, lse), block_size, S)
+    # an lse so large that every probability underflows to zero
+    assert_ties_go_to_the_smaller_index(select("triton", **options)(query, key, lse + 1e4), block_size, S)
+
+
+def assert_ties_go_to_the_smaller_index(actual, block_size, S):
+    for t in range(actual.shape[1]):
         own = t // block_size
         expected = forced(own, 1, 2)
         expected += [j for j in range(own + 1) if j not in expected]
         expected = sorted(expected[:S])
         assert list(actual[0, t, 0]) == expected + [-1] * (S - len(expected))
+
+
+@pytest.mark.gpu
+def test_a_query_that_is_not_a_number_keeps_its_forced_blocks(hopper):
+    T, block_size, S, t = 700, 16, 4, 650
+    query, key, lse = arrays(8, 1, T, 16, 1, 64, block_size, block_size, "bfloat16")
+    run = select("triton", block_counts=jnp.full((1, T, 1), S), max_block_count=16, block_size=block_size)
+    actual = np.asarray(run(query.at[:, t].set(jnp.nan), key, lse))
+    assert_well_formed(actual)
+    listed = set(actual[0, t, 0]) - {-1}
+    assert len(listed) == S and set(forced(t // block_size, 1, 2)) <= listed
+    others = np.arange(T) != t
+    np.testing.assert_array_equal(actual[:, others], np.asarray(run(query, key, lse))[:, others])
 
 
 @pytest.mark.gpu
@@ -163,7 +186,12 @@ def test_where_it_is_used():
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("group", [8, 16, 32, 64])
 def test_ring_fits(width, group):
+    from nsa_jax.kernels import selection_hopper as kernels
+
+    rows, windows = kernels.UNIT.value, kernels.WINDOWS.value
     stages = tiling.selection_hopper_stages(width, group)
-    assert stages >= 2
-    queries, sums = 2 * 2 * 256 * width, 2 * 4 * 256 // group * 256
-    assert stages * 2 * 64 * width + queries + sums < 1024 * tiling.SHARED_MEMORY[90]
+    assert rows == tiling.SELECTION_HOPPER_ROWS
+    assert 2 <= stages <= kernels.NOTES.value
+    queries, statistics, sums = 2 * 2 * rows * width, 2 * 4 * rows, 2 * 4 * rows // group * windows
+    notes_and_barriers = 1024
+    assert stages * 2 * 64 * width + queries + statistics + sums + notes_and_barriers <= 1024 * tiling.SHARED_MEMORY[90]
