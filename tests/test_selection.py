@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits, normal, packing, qkv, row, spans
+from cases import assert_same_bits, float32_of, normal, packing, qkv, row, spans
 
 from nsa_jax import compressed_attention, select_blocks
 
@@ -26,11 +26,11 @@ CASES = [
 ]
 
 
-def arrays(seed, B, T, N, H, K, window, stride, segment_ids=None):
+def arrays(seed, B, T, N, H, K, window, stride, segment_ids=None, dtype=np.float32):
     """Query, compressed keys and the lse of the compressed branch; random, so that importances are distinct."""
-    query, key, value = qkv(seed, B, T, N, H, K, 4, C=T // stride)
-    options = {"window": window, "stride": stride, "segment_ids": segment_ids}
-    _, lse = compressed_attention(query, key, value, implementation="xla", return_residual=True, **options)
+    query, key, value = qkv(seed, B, T, N, H, K, 4, C=T // stride, dtype=dtype)
+    options = {"window": window, "stride": stride, "segment_ids": segment_ids, "implementation": "xla"}
+    _, lse = compressed_attention(*float32_of((query, key, value)), return_residual=True, **options)
     return query, key, lse
 
 
@@ -100,6 +100,15 @@ def test_forced_blocks_and_counts(num_init, num_local):
             assert set(forced(own, num_init, num_local)[:count]) <= set(listed)
 
 
+def assert_ties_go_to_the_smaller_index(actual, block_size, S):
+    for t in range(actual.shape[1]):
+        own = t // block_size
+        expected = forced(own, 1, 2)
+        expected += [j for j in range(own + 1) if j not in expected]
+        expected = sorted(expected[:S])
+        assert list(actual[0, t, 0]) == expected + [-1] * (S - len(expected))
+
+
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
 def test_ties_go_to_the_smaller_index(implementation):
     T, block_size, S = 128, 16, 5
@@ -107,12 +116,7 @@ def test_ties_go_to_the_smaller_index(implementation):
     query = jnp.round(normal(4, 1, T, 2, 16))
     key = jnp.broadcast_to(jnp.round(2 * normal(5, 16)), (1, T // block_size, 1, 16))
     actual = select(implementation, block_counts=S, block_size=block_size)(query, key, jnp.full((1, T, 2), 5.0))
-    for t in range(T):
-        own = t // block_size
-        expected = forced(own, 1, 2)
-        expected += [j for j in range(own + 1) if j not in expected]
-        expected = sorted(expected[:S])
-        assert list(actual[0, t, 0]) == expected + [-1] * (S - len(expected))
+    assert_ties_go_to_the_smaller_index(actual, block_size, S)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
@@ -132,11 +136,8 @@ def test_rows_without_windows(implementation, S):
     np.testing.assert_array_equal(actual, np.broadcast_to(np.asarray([0, -1][:S], np.int32), (1, 20, 1, S)))
 
 
-def test_packed_equals_alone():
-    T = 110
-    options = {"block_counts": 3, "block_size": 16, "window": 8, "stride": 4}
-    segment_ids = packing(T)[:1]
-    inputs = arrays(6, 1, T, 4, 1, 16, 8, 4, segment_ids)
+def assert_packed_equals_alone(inputs, segment_ids, block_counts):
+    options = {"block_counts": block_counts, "block_size": 16, "window": 8, "stride": 4}
     packed = np.asarray(select("triton", segment_ids=segment_ids, **options)(*inputs))
     slot = 0
     for start, stop in spans(np.asarray(segment_ids[0])):
@@ -148,20 +149,29 @@ def test_packed_equals_alone():
         slot += windows
 
 
-def test_nan_on_padding_and_in_empty_slots_stays_there():
-    T = 63
-    segment_ids = packing(T)
-    query, key, lse = arrays(7, 2, T, 4, 2, 16, 8, 4, segment_ids)
+def test_packed_equals_alone():
+    segment_ids = packing(110)[:1]
+    assert_packed_equals_alone(arrays(6, 1, 110, 4, 1, 16, 8, 4, segment_ids), segment_ids, 3)
+
+
+def assert_nan_stays_where_it_is(inputs, segment_ids):
+    """On padding and in empty slots; the second row is all padding."""
+    query, key, lse = inputs
     run = select("triton", block_counts=3, block_size=16, window=8, stride=4, segment_ids=segment_ids)
     padding = np.asarray(segment_ids < 0)
     full = sum(max((stop - start - 8) // 4 + 1, 0) for start, stop in spans(np.asarray(segment_ids[0])))
-    empty = np.arange(T // 4) >= np.asarray([[full], [0]])
+    empty = np.arange(key.shape[1]) >= np.asarray([[full], [0]])
     poisoned = (
         jnp.where(padding[..., None, None], jnp.nan, query),
         jnp.where(empty[..., None, None], jnp.nan, key),
         jnp.where(padding[..., None], jnp.nan, lse),
     )
     assert_same_bits([run(*poisoned)], [run(query, key, lse)])
+
+
+def test_nan_on_padding_and_in_empty_slots_stays_there():
+    segment_ids = packing(63)
+    assert_nan_stays_where_it_is(arrays(7, 2, 63, 4, 2, 16, 8, 4, segment_ids), segment_ids)
 
 
 def test_same_bits_twice():

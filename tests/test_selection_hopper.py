@@ -6,10 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits, float32_of, normal, packing, qkv, row, spans
-from test_selection import assert_well_formed, forced
+from cases import assert_same_bits, float32_of, normal, packing, row
+from test_selection import (
+    arrays,
+    assert_nan_stays_where_it_is,
+    assert_packed_equals_alone,
+    assert_ties_go_to_the_smaller_index,
+    assert_well_formed,
+    forced,
+    select,
+)
 
-from nsa_jax import compressed_attention, select_blocks, selection_hopper, tiling
+from nsa_jax import select_blocks, selection_hopper, tiling
 
 # packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init_blocks, num_local_blocks)
 CASES = [
@@ -27,20 +35,6 @@ CASES = [
 ]
 
 
-def arrays(seed, B, T, N, H, K, window, stride, dtype, segment_ids=None):
-    """Query, compressed keys and the lse of the compressed branch."""
-    query, key, value = qkv(seed, B, T, N, H, K, 4, C=T // stride, dtype=dtype)
-    options = {"window": window, "stride": stride, "segment_ids": segment_ids}
-    _, lse = compressed_attention(
-        *float32_of((query, key, value)), implementation="xla", return_residual=True, **options
-    )
-    return query, key, lse
-
-
-def select(implementation, **options):
-    return jax.jit(functools.partial(select_blocks, implementation=implementation, **options))
-
-
 def is_within(inner, outer):
     """[B, T, H]: whether all blocks that are listed in the one are in the other, too."""
     return np.asarray(((inner[..., :, None] == outer[..., None, :]) | (inner < 0)[..., None]).any(-1).all(-1))
@@ -51,7 +45,7 @@ def is_within(inner, outer):
 def test_matches_reference(hopper, case):
     packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init, num_local) = case
     segment_ids = packing(T) if packed else None
-    query, key, lse = arrays(T, 2 if packed else 1, T, G * H, H, K, window, stride, dtype, segment_ids)
+    query, key, lse = arrays(T, 2 if packed else 1, T, G * H, H, K, window, stride, segment_ids, dtype)
     assert selection_hopper.fits(query, key, min(S, -(-T // block_size)), block_size // stride)
     options = {
         "block_size": block_size, "window": window, "stride": stride, "segment_ids": segment_ids,
@@ -79,7 +73,7 @@ def test_matches_reference(hopper, case):
 def test_forced_blocks_and_counts(hopper, num_init, num_local):
     T, H, S, block_size = 100, 2, 4, 16
     segment_ids = jnp.asarray(row(T, (1, 80), (2, 20)))[None]
-    inputs = arrays(3, 1, T, H * 16, H, 64, block_size, block_size, "bfloat16", segment_ids)
+    inputs = arrays(3, 1, T, H * 16, H, 64, block_size, block_size, segment_ids, "bfloat16")
     counts = np.random.default_rng(num_init).integers(-1, S + 2, (1, T, H)).astype(np.int32)
     options = {
         "block_size": block_size, "segment_ids": segment_ids, "block_counts": jnp.asarray(counts), "max_block_count": S,
@@ -105,19 +99,10 @@ def test_ties_go_to_the_smaller_index(hopper, stride):
     assert_ties_go_to_the_smaller_index(select("triton", **options)(query, key, lse + 1e4), block_size, S)
 
 
-def assert_ties_go_to_the_smaller_index(actual, block_size, S):
-    for t in range(actual.shape[1]):
-        own = t // block_size
-        expected = forced(own, 1, 2)
-        expected += [j for j in range(own + 1) if j not in expected]
-        expected = sorted(expected[:S])
-        assert list(actual[0, t, 0]) == expected + [-1] * (S - len(expected))
-
-
 @pytest.mark.gpu
 def test_a_query_that_is_not_a_number_keeps_its_forced_blocks(hopper):
     T, block_size, S, t = 700, 16, 4, 650
-    query, key, lse = arrays(8, 1, T, 16, 1, 64, block_size, block_size, "bfloat16")
+    query, key, lse = arrays(8, 1, T, 16, 1, 64, block_size, block_size, dtype="bfloat16")
     run = select("triton", block_counts=jnp.full((1, T, 1), S), max_block_count=16, block_size=block_size)
     actual = np.asarray(run(query.at[:, t].set(jnp.nan), key, lse))
     assert_well_formed(actual)
@@ -129,42 +114,20 @@ def test_a_query_that_is_not_a_number_keeps_its_forced_blocks(hopper):
 
 @pytest.mark.gpu
 def test_packed_equals_alone(hopper):
-    T = 700
-    options = {"block_counts": 5, "block_size": 16, "window": 8, "stride": 4}
-    segment_ids = jnp.asarray(row(T, (-1, 3), (0, 333), (1, 1), (-1, 5), (0, 270), (-1, 88)))[None]
-    inputs = arrays(6, 1, T, 16, 1, 64, 8, 4, "bfloat16", segment_ids)
-    packed = np.asarray(select("triton", segment_ids=segment_ids, **options)(*inputs))
-    slot = 0
-    for start, stop in spans(np.asarray(segment_ids[0])):
-        slots = (stop - start) // 4
-        windows = max((stop - start - 8) // 4 + 1, 0)
-        key = jnp.pad(inputs[1][:, slot : slot + windows], ((0, 0), (0, slots - windows), (0, 0), (0, 0)))
-        alone = select("triton", **options)(inputs[0][:, start:stop], key, inputs[2][:, start:stop])
-        np.testing.assert_array_equal(packed[:, start:stop], alone)
-        slot += windows
+    segment_ids = jnp.asarray(row(700, (-1, 3), (0, 333), (1, 1), (-1, 5), (0, 270), (-1, 88)))[None]
+    assert_packed_equals_alone(arrays(6, 1, 700, 16, 1, 64, 8, 4, segment_ids, "bfloat16"), segment_ids, 5)
 
 
 @pytest.mark.gpu
 def test_nan_on_padding_and_in_empty_slots_stays_there(hopper):
-    T = 163
-    segment_ids = packing(T)
-    query, key, lse = arrays(7, 2, T, 32, 2, 64, 8, 4, "bfloat16", segment_ids)
-    run = select("triton", block_counts=3, block_size=16, window=8, stride=4, segment_ids=segment_ids)
-    padding = np.asarray(segment_ids < 0)
-    full = sum(max((stop - start - 8) // 4 + 1, 0) for start, stop in spans(np.asarray(segment_ids[0])))
-    empty = np.arange(T // 4) >= np.asarray([[full], [0]])
-    poisoned = (
-        jnp.where(padding[..., None, None], jnp.nan, query),
-        jnp.where(empty[..., None, None], jnp.nan, key),
-        jnp.where(padding[..., None], jnp.nan, lse),
-    )
-    assert_same_bits([run(*poisoned)], [run(query, key, lse)])
+    segment_ids = packing(163)
+    assert_nan_stays_where_it_is(arrays(7, 2, 163, 32, 2, 64, 8, 4, segment_ids, "bfloat16"), segment_ids)
 
 
 @pytest.mark.gpu
 def test_vmap_equals_a_loop(hopper):
     run = functools.partial(select_blocks, block_counts=3, block_size=16, implementation="triton")
-    inputs = [arrays(seed, 1, 90, 16, 1, 64, 16, 16, "bfloat16") for seed in (8, 9)]
+    inputs = [arrays(seed, 1, 90, 16, 1, 64, 16, 16, dtype="bfloat16") for seed in (8, 9)]
     inputs = [jnp.stack(pair) for pair in zip(*inputs, strict=True)]
     assert_same_bits(jax.jit(jax.vmap(run))(*inputs), [run(*(x[i] for x in inputs)) for i in range(2)])
 
