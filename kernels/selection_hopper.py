@@ -5,9 +5,6 @@ unit's queries, then its keys into a ring of STAGES slots, each with a note of w
 products, keys as rows, sum the probabilities over the group, and hand sums [token, WINDOWS] to a third one, which keeps
 the lists of the unit's tokens while they go on. The queries lie so that a thread holds all heads of its tokens, or at
 G = 64 half of them (`_column_of`): their sum takes no other thread, or one.
-
-In the loop that puts candidates into the lists each warp of the third goes round as often as its own tokens need
-(`_any`). That is sound while nothing in there makes warps wait for others: its reductions are within a warp.
 """
 
 from triton.experimental import gluon
@@ -21,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import LOG2E, WIDTH, arrive, as_columns, as_rows, lanes, place_of, product_layout
+from .selection_hopper_lists import NONE, ascending, by_token, insert, places, same, start_lists
 
 WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(128)  # (token, head of the group) pairs of a warpgroup
@@ -33,24 +31,9 @@ NOTES = gl.constexpr(16)  # at least as many as there are slots
 CHUNKS = gl.constexpr(2)  # of sums, in shared memory
 SCORES = gl.constexpr(product_layout(128))
 COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES.value))
-FIRST, LAST, END = (
-    gl.constexpr(4),
-    gl.constexpr(8),
-    gl.constexpr(16),
-)  # notes: a unit's first slot, a chunk's last, no more
-KEPT = gl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
-NONE = gl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list
-
-
-@gluon.constexpr_function
-def _by_token(tokens, groups):
-    """[tokens, groups, 32]: tokens across warps, then registers; groups in registers, their members across lanes."""
-    bits = max(tokens, WARPS.value).bit_length() - 1
-    token = [[1 << i, 0, 0] if 1 << i < tokens else [0, 0, 0] for i in range(bits)]
-    registers = [[0, 1 << i, 0] for i in range(groups.bit_length() - 1)] + token[2:]
-    return gl.DistributedLinearLayout(
-        registers, [[0, 0, 1 << i] for i in range(5)], token[:2], [], [tokens, groups, 32]
-    )
+FIRST = gl.constexpr(4)  # notes on slots: a unit's first
+LAST = gl.constexpr(8)  # a chunk's last
+END = gl.constexpr(16)  # none follows
 
 
 @gluon.jit
@@ -164,7 +147,7 @@ def _copy(
                 token = (tile * GROUPS + group) * (ROWS // G)
                 tile_of_rows = buffer * GROUPS + group
                 _copy_rows(query, queries.index(tile_of_rows), rows_full.index(buffer), row, token, head, G, K)
-                local, of_group = _column_of(gl.arange(0, ROWS, layout=gl.BlockedLayout([4], [32], [1], [0])), G)
+                local, of_group = _column_of(gl.arange(0, ROWS, layout=lanes(ROWS, 1)), G)
                 place = row.to(gl.int64) * T + token + local
                 row_lse = gl.load(lse + (place * H + head) * G + of_group, mask=token + local < T, other=float("inf"))
                 statistics.index(tile_of_rows).store(row_lse * LOG2E)
@@ -344,81 +327,6 @@ def _importance(
     return total
 
 
-@gluon.constexpr_function
-def _or_all(outputs, inputs):
-    """Assembly that gives the bitwise or of a thread's integers."""
-    to = outputs[0][0]
-    return "\n".join([f"mov.u32 {to}, 0;", *(f"or.b32 {to}, {to}, {x};" for x in inputs[0])])
-
-
-@gluon.jit
-def _any(x):
-    """Whether x [TOKENS, 1, 1], integers, is not 0 for any token of this warp: a scalar that differs by warp."""
-    return gl.inline_asm(_or_all, ("=&r", "r"), [x], gl.int32) != 0
-
-
-@gluon.jit
-def _as(x, layout: gl.constexpr):
-    """x in a layout that has the same in every thread."""
-    return gl.convert_layout(x, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _places(count: gl.constexpr, layout: gl.constexpr):
-    """0 to count as [1, count / 32, 32]."""
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    group = gl.arange(0, count // 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    return group[None, :, None] * 32 + lane[None, None, :]
-
-
-@gluon.jit
-def _first_best(rank, block, axis: gl.constexpr):
-    """The largest rank along an axis, and of the blocks that have it the smallest."""
-    best = gl.max(rank, axis, keep_dims=True)
-    chosen = gl.min(gl.where(rank == best, block, NONE), axis, keep_dims=True)
-    return best, chosen
-
-
-@gluon.jit
-def _compare(rank, block, list_rank, list_block):
-    """Of each token the best candidate, the entry of the list that it would take the place of, and whether it does."""
-    layout: gl.constexpr = list_rank.type.layout
-    best, chosen = _first_best(rank, block, 2)
-    best, chosen = _as(best, layout), _as(chosen, layout)
-    worst = gl.min(gl.min(list_rank, 2, keep_dims=True), 1, keep_dims=True)
-    evicted = gl.where(list_rank == worst, list_block, -1)
-    evicted = gl.max(gl.max(evicted, 2, keep_dims=True), 1, keep_dims=True)
-    # a rank that is not a number may be KEPT
-    better = (best > worst) | ((best == worst) & (best >= 0) & (best < KEPT) & (chosen < evicted))
-    return best, chosen, evicted, better
-
-
-@gluon.jit
-def _insert(rank, block, list_rank, list_block):
-    """The lists [TOKENS, LIST / 32, 32] after candidates, `rank` [TOKENS, M, 32] (negative: none) of block [1, M, 32].
-
-    Of equal ranks the smaller block stays. Of each lane only the best stands for election; once none of these is better
-    than what is in the list, those that were not elected before follow.
-    """
-    lane_rank, lane_block = _first_best(rank, block, 1)  # [TOKENS, 1, 32]
-    best, chosen, evicted, better = _compare(lane_rank, lane_block, list_rank, list_block)
-    more = _any(better.to(gl.int32))
-    while more:
-        while more:
-            place = better & (list_block == evicted)
-            list_rank = gl.where(place, best, list_rank)
-            list_block = gl.where(place, chosen, list_block)
-            elected = _as(gl.where(better, chosen, NONE), lane_block.type.layout)
-            lane_rank = gl.where(lane_block == elected, -1, lane_rank)
-            best, chosen, evicted, better = _compare(lane_rank, lane_block, list_rank, list_block)
-            more = _any(better.to(gl.int32))
-        rank = gl.where((lane_rank < 0) & (block == lane_block), -1, rank)
-        lane_rank, lane_block = _first_best(rank, block, 1)
-        best, chosen, evicted, better = _compare(lane_rank, lane_block, list_rank, list_block)
-        more = _any(better.to(gl.int32))
-    return list_rank, list_block
-
-
 @gluon.jit
 def _keep(
     count, segment_start, own_block, key_begin, key_end, block_indices, sums, sums_full, sums_empty,
@@ -429,13 +337,13 @@ def _keep(
     """The lists of the unit's tokens."""
     TOKENS: gl.constexpr = UNIT // G
     BLOCKS: gl.constexpr = WINDOWS // SHARE
-    LISTS: gl.constexpr = _by_token(TOKENS, LIST // 32)
-    CANDIDATES: gl.constexpr = _by_token(TOKENS, BLOCKS // 32)
+    LISTS: gl.constexpr = by_token(TOKENS, LIST // 32)
+    CANDIDATES: gl.constexpr = by_token(TOKENS, BLOCKS // 32)
     TOKEN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LISTS))
     local = gl.arange(0, TOKENS, layout=TOKEN)
-    token = _as(local[:, None, None], CANDIDATES)
-    entry = _places(LIST, LISTS)
-    column = _places(BLOCKS, CANDIDATES)
+    token = same(local[:, None, None], CANDIDATES)
+    entry = places(LIST, LISTS)
+    column = places(BLOCKS, CANDIDATES)
     last_of_chunk = gl.full([1, 1, 1], BLOCKS - 1, gl.int32, CANDIDATES)
     # with two local blocks a window of a block before them ends before the query
     HIDE: gl.constexpr = REACH > 1 and LOCAL < 2
@@ -452,16 +360,12 @@ def _keep(
         start = gl.load(segment_start + place, mask=inside, other=0)
         seen = gl.load(key_end + place, mask=inside, other=0) - gl.load(key_begin + place, mask=inside, other=0)
         near, forced, all_fit, own_stop = _limits(room, own, INIT, LOCAL)
-        fixed = entry < gl.where(all_fit, own + 1, gl.minimum(forced, room))[:, None, None]
-        near, own, all_fit = near[:, None, None], own[:, None, None], all_fit[:, None, None]
-        by_priority = gl.where(entry < near, own - entry, entry - near)
-        list_block = gl.where(fixed, gl.where(all_fit, entry, by_priority), NONE + entry)
-        list_rank = gl.where(fixed | (entry >= room[:, None, None]), KEPT, -1)  # [TOKENS, LIST / 32, 32]
-        seen = _as(seen[:, None, None], CANDIDATES)
+        list_rank, list_block = start_lists(room, own, near, forced, all_fit, entry)  # [TOKENS, LIST / 32, 32]
+        seen = same(seen[:, None, None], CANDIDATES)
         segment = gl.min(waiting, 0)
         while segment < T:
             _, last = _segment(segment, waiting, begin, stop)
-            before = _as(gl.where(start == segment, own_stop, 0)[:, None, None], CANDIDATES)
+            before = same(gl.where(start == segment, own_stop, 0)[:, None, None], CANDIDATES)
             carry = gl.zeros_like(seen).to(gl.float32)
             for first in range(0, last, BLOCKS):
                 slot = chunk % CHUNKS
@@ -475,21 +379,14 @@ def _keep(
                 chunk += 1
                 block = first + column
                 rank = gl.where((block >= INIT) & (block < before), importance.to(gl.int32, bitcast=True), -1)
-                list_rank, list_block = _insert(rank, block, list_rank, list_block)
+                list_rank, list_block = insert(rank, block, list_rank, list_block)
             waiting = gl.where(waiting == segment, T, waiting)
             segment = gl.min(waiting, 0)
 
-        blocks = gl.reshape(list_block, [TOKENS, LIST])
-        after = (gl.reshape(entry + gl.zeros_like(list_block), [TOKENS, LIST]) + 1) % LIST
-        smaller = gl.zeros_like(blocks)  # entries, which are distinct
-        other = blocks
-        for _ in gl.static_range(1, LIST):
-            other = gl.gather(other, after, 1)
-            smaller += (other < blocks).to(gl.int32)
-        smaller = _as(gl.reshape(smaller, list_block.type.shape), LISTS)
-        pointers = block_indices + (place * H + head)[:, None, None] * S + smaller
+        target = ascending(list_block, entry, TOKENS, LIST)
+        pointers = block_indices + (place * H + head)[:, None, None] * S + target
         chosen = gl.where(list_block < NONE, list_block, -1)
-        gl.store(pointers, chosen, mask=inside[:, None, None] & (smaller < S))
+        gl.store(pointers, chosen, mask=inside[:, None, None] & (target < S))
 
 
 @gluon.jit
