@@ -1,10 +1,14 @@
 """Attention to chosen blocks of keys on Hopper (sm_90): the passes of selected.py from the query's side, in Gluon.
 
 A unit is TOKENS tokens x G heads, 128 rows, and the walk of its tokens (walk.py). One warp copies the walk's blocks
-into a ring of STAGES slots, as far ahead as the ring allows. Eight warps with 16 rows each take every block as it
-comes, and pass over those that their tokens do not want. A block that few want is multiplied by each warp that wants
-it, for itself (`mma_v2`, 16 rows: nothing wasted, but each warp reads the keys anew); one that at least TOGETHER tokens
-of a warpgroup want, by its four warps together (`warpgroup_mma`, 64 rows).
+into a ring of STAGES slots, as far ahead as the ring allows. Two programs do neighbouring units at the same time, in
+slots of the same number, and what both want comes from the L2 once (hopper_pairs.py): one of them copies the keys into
+both rings, the other the values, when each has told that its slot is free.
+
+Eight warps with 16 rows each take every block as it comes, and pass over those that their tokens do not want. A block
+that few want is multiplied by each warp that wants it, for itself (`mma_v2`, 16 rows: nothing wasted, but each warp
+reads the keys anew); one that at least TOGETHER tokens of a warpgroup want, by its four warps together
+(`warpgroup_mma`, 64 rows).
 
 So the eight warps, one partition to Gluon, branch each on its own, on scalars that differ by warp (`_warp`). That is
 sound while nothing in there makes warps wait for others, no `bar.sync` in the PTX, which tests/test_lowering.py counts:
@@ -17,7 +21,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma
 
-from .hopper import LN2, LOG2E, arrive, as_columns, as_rows, store_rows
+from .hopper import LN2, LOG2E, as_columns, as_rows, store_rows
+from .hopper_pairs import arrive, arrive_at_other, copy_to_both, meet, rank_in_pair, wait
+from .walk import SHARED
 
 WARPS = gl.constexpr(8)
 ROWS = gl.constexpr(128)
@@ -33,16 +39,6 @@ def _warp():
     """The index of this warp: a scalar that differs by warp."""
     return gl.inline_asm(
         "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;", "=r", [], gl.int32
-    )
-
-
-@gluon.jit
-def _wait(barrier, phase):
-    """Waits, each thread for itself, until the barrier has completed the phase of that parity."""
-    gl.inline_asm(
-        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra AGAIN; }",
-        "r,r,~{memory}",
-        [barrier, phase],
     )
 
 
@@ -92,16 +88,16 @@ def _wanted(wanted_by, warp, local, G: gl.constexpr, TOGETHER: gl.constexpr):
 
 @gluon.jit
 def _place_rows(
-    unit, layout: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, TOKENS: gl.constexpr,
+    pair, rank, layout: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, TOKENS: gl.constexpr,
     TILES: gl.constexpr,
 ):  # fmt: skip
     """Where a unit's first row stands in [B, T, N], its first token in [B, T], the rows' offsets, reality, token."""
-    tile = unit % TILES
-    head = unit // TILES % H
-    token = (unit // (TILES * H)).to(gl.int64) * T + tile * TOKENS
+    at = (pair % TILES * 2 + rank) * TOKENS
+    head = pair // TILES % H
+    token = (pair // (TILES * H)).to(gl.int64) * T + at
     slot = gl.arange(0, ROWS, layout=layout)
     local = slot // G
-    return (token * H + head) * G, token, local * (H * G) + slot % G, tile * TOKENS + local < T, local
+    return (token * H + head) * G, token, local * (H * G) + slot % G, at + local < T, local
 
 
 @gluon.jit
@@ -112,17 +108,10 @@ def _load_rows(source, base, offset, inside, D: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
-def _first_key(i, steps, begins, SHARES: gl.constexpr, KEYS: gl.constexpr):
-    """The first key of step i of a walk, or of its last."""
-    i = gl.maximum(gl.minimum(i, steps - 1), 0)
-    return gl.load(begins + i // SHARES) + i % SHARES * KEYS
-
-
-@gluon.jit
 def _step(i, steps, begins, members, SHARES: gl.constexpr, KEYS: gl.constexpr):
     """Step i of a walk, or its last: the first key, and who wants the block."""
-    block = gl.maximum(gl.minimum(i, steps - 1), 0) // SHARES
-    return _first_key(i, steps, begins, SHARES, KEYS), gl.load(members + block)
+    i = gl.maximum(gl.minimum(i, steps - 1), 0)
+    return gl.load(begins + i // SHARES) + i % SHARES * KEYS, gl.load(members + i // SHARES)
 
 
 @gluon.jit
@@ -134,27 +123,50 @@ def _hide(score, first, row_place, layout: gl.constexpr, KEYS: gl.constexpr):
 
 @gluon.jit
 def _copy_blocks(
-    key, value, begins, counts, keys, values, full, empty,
-    C: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr,
-    SHARES: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    key, value, begins, members, counts, keys, values, full, empty, ready, KERNEL: gl.constexpr,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
+    TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fills slot after slot of the ring with the blocks of the program's units."""
+    KEY: gl.constexpr = KERNEL + "_param_1"
+    VALUE: gl.constexpr = KERNEL + "_param_8"
+    rank = rank_in_pair()
+    meet()
     n = 0
-    for unit in range(gl.program_id(0), UNITS, PROGRAMS):
-        head = unit // TILES % H
-        row = unit // (TILES * H)
-        walk = unit.to(gl.int64) * WALK
-        steps = gl.load(counts + unit) * SHARES
-        first = _first_key(0, steps, begins + walk, SHARES, KEYS)
+    phases = 0  # of `ready`, a bit per slot
+    for pair in range(gl.program_id(0) // 2, UNITS, PROGRAMS):
+        head = pair // TILES % H
+        row = pair // (TILES * H)
+        walk = (pair.to(gl.int64) * 2 + rank) * WALK
+        steps = gl.load(counts + pair) * SHARES
+        first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
         for i in range(steps):
             slot = n % STAGES
-            ahead = _first_key(i + 1, steps, begins + walk, SHARES, KEYS)
+            first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
             mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(slot), 2 * KEYS * (K + V))
-            tma.async_load(key, [row, first, head * K], full.index(slot), keys.index(slot))
-            tma.async_load(value, [row, first, head * V], full.index(slot), values.index(slot))
-            first = ahead
+            if wanted_by == 0:
+                arrive(full.index(slot), rank)
+            else:
+                mbarrier.expect(full.index(slot), 2 * KEYS * (K + V))
+                if wanted_by >= SHARED:
+                    arrive_at_other(ready.index(slot), rank)
+                    wait(ready.index(slot), (phases >> slot) & 1, rank)
+                    phases ^= 1 << slot
+                    if rank == 0:
+                        copy_to_both(KEY, row, first, head * K, full.index(slot), keys.index(slot), rank, K, KEYS)
+                    else:
+                        copy_to_both(VALUE, row, first, head * V, full.index(slot), values.index(slot), rank, V, KEYS)
+                else:
+                    tma.async_load(key, [row, first, head * K], full.index(slot), keys.index(slot))
+                    tma.async_load(value, [row, first, head * V], full.index(slot), values.index(slot))
+            first, wanted_by = first_ahead, wanted_ahead
             n += 1
+
+
+@gluon.jit
+def _only_meet():
+    """What warps do that would otherwise be missed: a program has them by fours."""
+    meet()
 
 
 @gluon.jit
@@ -171,7 +183,7 @@ def _online_step(score, peak, total, sums, live, FACTOR: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    query, place, begins, members, counts, plain_counts, output, lse, keys, values, full, empty,
+    query, place, begins, members, counts, edges, output, lse, keys, values, full, empty,
     T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr, SCALE: gl.constexpr,
     TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr, TOGETHER: gl.constexpr,
     TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
@@ -182,14 +194,16 @@ def _attend(
     FACTOR: gl.constexpr = SCALE * LOG2E
     dtype: gl.constexpr = query.dtype.element_ty
     warp = _warp()
+    rank = rank_in_pair()
+    meet()
     n = 0
-    for unit in range(gl.program_id(0), UNITS, PROGRAMS):
-        walk = unit.to(gl.int64) * WALK
-        steps = gl.load(counts + unit) * SHARES
-        plain = gl.load(plain_counts + unit) * SHARES
-        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
+    for pair in range(gl.program_id(0) // 2, UNITS, PROGRAMS):
+        walk = (pair.to(gl.int64) * 2 + rank) * WALK
+        steps = gl.load(counts + pair) * SHARES
+        edge = gl.load(edges + pair)
+        base, _, offset, inside, _ = _place_rows(pair, rank, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
         q = _load_rows(query, base, offset, inside, K, LEFT)
-        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
+        base, token, offset, inside, local = _place_rows(pair, rank, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
         row_place = gl.load(place + token + local, mask=inside, other=-1)
         peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
         total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, MMA))
@@ -199,14 +213,14 @@ def _attend(
             slot = n % STAGES
             first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
             mine, live, together = _wanted(wanted_by, warp, local, G, TOGETHER)
-            _wait(full.index(slot), (n // STAGES) & 1)
+            wait(full.index(slot), (n // STAGES) & 1, rank)
             k_columns = as_columns(keys.index(slot), KEYS, K)
             v = as_rows(values.index(slot), KEYS, V)
             if together:
                 a = gl.convert_layout(q, gl.DotOperandLayout(0, group_k, 2), assert_trivial=True)
                 nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, group_k)
                 score = gl.convert_layout(warpgroup_mma(a, k_columns, nothing, use_acc=False), MMA, assert_trivial=True)
-                if i >= plain:
+                if first > edge:
                     score = _hide(score, first, row_place, MMA, KEYS)
                 p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
                 a = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, group_v, 2), assert_trivial=True)
@@ -214,11 +228,11 @@ def _attend(
                 sums = gl.convert_layout(sums, MMA, assert_trivial=True)
             elif mine:
                 score = mma_v2(q, k_columns.load(RIGHT), gl.full([ROWS, KEYS], 0.0, gl.float32, MMA))
-                if i >= plain:
+                if first > edge:
                     score = _hide(score, first, row_place, MMA, KEYS)
                 p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
                 sums = mma_v2(gl.convert_layout(p.to(dtype), LEFT, assert_trivial=True), v.load(RIGHT), sums)
-            arrive(empty.index(slot))
+            arrive(empty.index(slot), rank)
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         seen = total > 0.0
@@ -229,47 +243,51 @@ def _attend(
 
 @gluon.jit
 def _ring(key, value, KEYS: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr):
-    """Slots for keys and values, and a barrier for "filled" and one for "free" per slot."""
+    """Slots for keys and values, and per slot a barrier for "filled", one for "free", one for "free in the other"."""
     keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, K], key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, KEYS, V], value.layout)
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    ready = mbarrier.allocate_mbarrier(batch=STAGES)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPS)
+        mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     gl.barrier()
-    return keys, values, full, empty
+    return keys, values, full, empty, ready
 
 
 @gluon.jit
 def forward(
-    query, key, value, place, begins, members, counts, plain_counts, output, lse,
-    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    query, key, value, place, begins, members, counts, edges, output, lse,
+    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     SCALE: gl.constexpr, TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
     TOGETHER: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS."""
-    keys, values, full, empty = _ring(key, value, KEYS, K, V, STAGES)
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS pairs."""
+    keys, values, full, empty, ready = _ring(key, value, KEYS, K, V, STAGES)
     gl.warp_specialize(
         [
             (_attend, (
-                query, place, begins, members, counts, plain_counts, output, lse, keys, values, full, empty,
+                query, place, begins, members, counts, edges, output, lse, keys, values, full, empty,
                 T, H, G, K, V, SCALE, TOKENS, WALK, KEYS, SHARES, TOGETHER, TILES, UNITS, PROGRAMS, STAGES,
             )),
             (_copy_blocks, (
-                key, value, begins, counts, keys, values, full, empty,
-                C, H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
+                key, value, begins, members, counts, keys, values, full, empty, ready, "forward",
+                H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
             )),
+            (_only_meet, ()),
+            (_only_meet, ()),
         ],
-        [1],
-        [24],
+        [1, 1, 2],
+        [24, 24, 24],
     )  # fmt: skip
 
 
 @gluon.jit
 def _differentiate(
-    query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, plain_counts, d_query, delta,
+    query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, edges, d_query, delta,
     keys, values, full, empty,
     T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr, SCALE: gl.constexpr,
     TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr, TOGETHER: gl.constexpr,
@@ -283,18 +301,20 @@ def _differentiate(
     PART: gl.constexpr = 16
     dtype: gl.constexpr = query.dtype.element_ty
     warp = _warp()
+    rank = rank_in_pair()
+    meet()
     n = 0
-    for unit in range(gl.program_id(0), UNITS, PROGRAMS):
-        walk = unit.to(gl.int64) * WALK
-        steps = gl.load(counts + unit) * SHARES
-        plain = gl.load(plain_counts + unit) * SHARES
-        base, _, offset, inside, _ = _place_rows(unit, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
+    for pair in range(gl.program_id(0) // 2, UNITS, PROGRAMS):
+        walk = (pair.to(gl.int64) * 2 + rank) * WALK
+        steps = gl.load(counts + pair) * SHARES
+        edge = gl.load(edges + pair)
+        base, _, offset, inside, _ = _place_rows(pair, rank, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
         q = _load_rows(query, base, offset, inside, K, LEFT)
         do = _load_rows(d_output, base, offset, inside, V, LEFT)
         o = _load_rows(output, base, offset, inside, V, LEFT)
         row_delta = gl.sum(do.to(gl.float32) * o.to(gl.float32), 1)
         row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, MMA), assert_trivial=True)
-        base, token, offset, inside, local = _place_rows(unit, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
+        base, token, offset, inside, local = _place_rows(pair, rank, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
         row_lse = gl.load(lse + base + offset, mask=inside, other=float("inf"))
         if HAS_D_LSE:
             row_delta -= gl.load(d_lse + base + offset, mask=inside, other=0.0)
@@ -310,7 +330,7 @@ def _differentiate(
             mine, live, together = _wanted(wanted_by, warp, local, G, TOGETHER)
             # one number per row hides all of it, which costs less than a mask
             subtrahend = gl.where(live, row_lse, float("inf"))
-            _wait(full.index(slot), (n // STAGES) & 1)
+            wait(full.index(slot), (n // STAGES) & 1, rank)
             k = as_rows(keys.index(slot), KEYS, K)
             k_columns = as_columns(keys.index(slot), KEYS, K)
             v_columns = as_columns(values.index(slot), KEYS, V)
@@ -325,7 +345,7 @@ def _differentiate(
                     score = warpgroup_mma(q_side, k_half, nothing, use_acc=False, is_async=True)
                     dp = warpgroup_mma(do_side, v_half, nothing, use_acc=False, is_async=True)
                     score = gl.convert_layout(_finished(score, 1), MMA, assert_trivial=True) * (SCALE * LOG2E)
-                    if i >= plain:
+                    if first > edge:
                         score = _hide(score, first + j * HALF, row_place, MMA, HALF)
                     p = gl.exp2(score - subtrahend[:, None])
                     ds = p * (gl.convert_layout(_finished(dp, 0), MMA, assert_trivial=True) - row_delta[:, None])
@@ -338,12 +358,12 @@ def _differentiate(
                     nothing = gl.full([ROWS, PART], 0.0, gl.float32, MMA)
                     score = mma_v2(q, k_columns.slice(j * PART, PART, dim=1).load(RIGHT), nothing) * (SCALE * LOG2E)
                     dp = mma_v2(do, v_columns.slice(j * PART, PART, dim=1).load(RIGHT), nothing)
-                    if i >= plain:
+                    if first > edge:
                         score = _hide(score, first + j * PART, row_place, MMA, PART)
                     ds = gl.exp2(score - subtrahend[:, None]) * (dp - row_delta[:, None])
                     a = gl.convert_layout(ds.to(dtype), LEFT, assert_trivial=True)
                     dq = mma_v2(a, k.slice(j * PART, PART).load(RIGHT), dq)
-            arrive(empty.index(slot))
+            arrive(empty.index(slot), rank)
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         dq *= (gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE)[:, None]
@@ -354,28 +374,30 @@ def _differentiate(
 
 @gluon.jit
 def backward_query(
-    query, key, value, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, plain_counts,
+    query, key, value, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, edges,
     d_query, delta,
-    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     SCALE: gl.constexpr, TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
     TOGETHER: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
     HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
 ):  # fmt: skip
-    """d_query [B, T, N, K] and delta float32 [B, T, N], as selected.py's `backward_query` gives. Grid: PROGRAMS."""
-    keys, values, full, empty = _ring(key, value, KEYS, K, V, STAGES)
+    """d_query [B, T, N, K] and delta float32 [B, T, N], as selected.py's `backward_query` gives. Grid: as `forward`."""
+    keys, values, full, empty, ready = _ring(key, value, KEYS, K, V, STAGES)
     gl.warp_specialize(
         [
             (_differentiate, (
-                query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, plain_counts,
+                query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, edges,
                 d_query, delta, keys, values, full, empty,
                 T, H, G, K, V, SCALE, TOKENS, WALK, KEYS, SHARES, TOGETHER, TILES, UNITS, PROGRAMS, STAGES,
                 HAS_D_LSE, HAS_BEFORE,
             )),
             (_copy_blocks, (
-                key, value, begins, counts, keys, values, full, empty,
-                C, H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
+                key, value, begins, members, counts, keys, values, full, empty, ready, "backward_query",
+                H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
             )),
+            (_only_meet, ()),
+            (_only_meet, ()),
         ],
-        [1],
-        [24],
+        [1, 1, 2],
+        [24, 24, 24],
     )  # fmt: skip

@@ -52,6 +52,11 @@ def _for_gluon(backend):
     return backend
 
 
+def programs_of_cluster(ptx: str) -> int:
+    """The programs of a cluster: two where a kernel waits for its neighbour."""
+    return 2 if "barrier.cluster" in ptx else 1
+
+
 class _KernelLibrary:
     """jaxlib's module of Triton kernels, which are launched with the warps that their PTX requires."""
 
@@ -59,7 +64,8 @@ class _KernelLibrary:
         self._library = library
 
     def TritonKernel(self, name, num_warps, num_ctas, shared, binary, *rest):
-        return self._library.TritonKernel(name, warps(binary, num_warps), num_ctas, shared, binary, *rest)
+        ctas = max(num_ctas, programs_of_cluster(binary))
+        return self._library.TritonKernel(name, warps(binary, num_warps), ctas, shared, binary, *rest)
 
     def __getattr__(self, name):
         return getattr(self._library, name)

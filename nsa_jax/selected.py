@@ -10,7 +10,7 @@ from nsa_jax import checks, launch, reference, segments, selected_hopper, tiling
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
 from nsa_jax.segments import Blocks
-from nsa_jax.walk import Choice, Walks, choose, walks
+from nsa_jax.walk import Choice, PairedWalks, Walks, choose, walks, walks_in_pairs
 
 Array = jax.Array
 
@@ -35,7 +35,7 @@ class Routes(NamedTuple):
     """Which blocks the queries want, and how the kernels that go from the queries' side walk them."""
 
     choice: Choice
-    walks: Walks | None  # None where no block is wanted
+    walks: Walks | PairedWalks | None  # None where no block is wanted
 
 
 def selected_attention(
@@ -128,8 +128,9 @@ def route(query: Array, value: Array, choice: Choice, spec: Spec) -> Routes:
     """The Routes of a choice."""
     if _wanted(choice) == 0:
         return Routes(choice, None)
-    tile = _hopper_tile(query, value, spec)
-    tokens = tile.tokens if tile else tiling.selected_tokens(query.shape[2] // value.shape[2])
+    if tile := _hopper_tile(query, value, spec):
+        return Routes(choice, walks_in_pairs(choice, tile.tokens, spec.block_size))
+    tokens = tiling.selected_tokens(query.shape[2] // value.shape[2])
     return Routes(choice, walks(choice, tokens, spec.block_size, spec.window_size))
 
 

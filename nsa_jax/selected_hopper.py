@@ -9,7 +9,7 @@ from nsa_jax import launch, tiling
 from nsa_jax.inverse import Items
 from nsa_jax.residuals import Branch, or_placeholders
 from nsa_jax.segments import Blocks
-from nsa_jax.walk import Walks
+from nsa_jax.walk import PairedWalks
 
 Array = jax.Array
 
@@ -26,7 +26,7 @@ def tile_for(query: Array, value: Array, block_size: int, scale: float, window_s
 
 
 def forward(
-    query: Array, key: Array, value: Array, place: Array, walks: Walks, tile: tiling.HopperTile, block_size: int,
+    query: Array, key: Array, value: Array, place: Array, walks: PairedWalks, tile: tiling.HopperTile, block_size: int,
     scale: float,
 ) -> tuple[Array, Array]:  # fmt: skip
     """(output [B, T, N, V], lse float32 [B, T, N]), as `selected.forward` gives them."""
@@ -41,7 +41,7 @@ def forward(
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, place: Array, walks: Walks,
+    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, place: Array, walks: PairedWalks,
     tile: tiling.HopperTile, block_size: int, scale: float, before: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """(d_query [B, T, N, K], delta float32 [B, T, N]), as `selected.backward_query` gives them."""
@@ -86,21 +86,22 @@ def backward_key_value(
 
 def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, scale, **constants) -> list[Array]:
     """Runs a kernel on arrays that begin with query, key and value; products: multiplications per head and key."""
-    (_, T, N, K), (_, C, H, V) = arrays[0].shape, arrays[2].shape
-    tiles, entries = walks.begins.shape[2:]
+    (_, T, N, K), (_, _, H, V) = arrays[0].shape, arrays[2].shape
+    pairs, _, entries = walks.begins.shape[2:]
 
     def run(query, key, value, *arrays):
         B = query.shape[0]
-        units = tiles * H * B
-        programs = min(units, launch.multiprocessors())  # one fits on each, and goes through its share of the units
+        units = pairs * H * B
+        # of programs one fits on each multiprocessor; a pair goes through its share of the units
+        programs = min(units, max(1, launch.multiprocessors() // 2))
         blocks = [launch.key_pieces(x, tile.keys) for x in (key, value)]
         return launch.launch(
             kernel, query, *blocks, *arrays,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=programs, warps=8, stages=1,
             flops=2 * B * T * N * entries // tile.tokens * block_size * products,
-            T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=scale, TOKENS=tile.tokens, WALK=entries, KEYS=tile.keys,
-            SHARES=block_size // tile.keys, TOGETHER=tiling.hopper_together(N // H), TILES=tiles, UNITS=units,
+            T=T, H=H, G=N // H, K=K, V=V, SCALE=scale, TOKENS=tile.tokens, WALK=entries, KEYS=tile.keys,
+            SHARES=block_size // tile.keys, TOGETHER=tiling.hopper_together(N // H), TILES=pairs, UNITS=units,
             PROGRAMS=programs, STAGES=tile.stages, **constants,
         )  # fmt: skip
 

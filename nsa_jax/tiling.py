@@ -110,7 +110,12 @@ def power_of_two(n: int) -> int:
 
 def walk_units(entries: int) -> int:
     """Tiles of tokens that one program of kernels/walk.py does, each with that many entries."""
-    return max(1, 2048 // entries)
+    return max(1, 512 // entries)
+
+
+def walk_warps(entries: int) -> int:
+    """Warps of a program of kernels/walk.py: up to 32 entries a thread."""
+    return max(4, min(16, entries // 1024))
 
 
 # for G = 16: four tokens to a tile

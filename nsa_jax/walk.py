@@ -1,5 +1,6 @@
 """From chosen blocks to what the kernels of the selected branch walk."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -44,6 +45,23 @@ class Walks(NamedTuple):
     members: Array
     counts: Array
     plain_counts: Array
+
+
+class PairedWalks(NamedTuple):
+    """What pairs of tiles of tokens walk at the same time, step by step, see kernels/walk.py.
+
+    Attributes:
+        begins: int32 [B, H, pairs, 2, tokens * S], first keys; shared blocks at the same step of both.
+        members: int32, likewise, which tokens of the tile want the block, 2 ** 30 if the other tile does too; 0 for
+            none.
+        counts: int32 [B, H, pairs], the steps of both.
+        edges: int32 [B, H, pairs]: blocks that begin up to there lie before every token.
+    """
+
+    begins: Array
+    members: Array
+    counts: Array
+    edges: Array
 
 
 def choose(
@@ -92,19 +110,37 @@ def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) ->
     B, T, H, chosen = choice.selected.shape
     touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
     first_keys = jnp.concatenate([choice.selected, touched], axis=3)
+    constants = {"CHOSEN": chosen, "BLOCK": block_size, "WINDOW": window_size}
+    return Walks(*_launch(kernels.walk, first_keys, choice, tokens, (), block_size, constants))
+
+
+def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
+    """The PairedWalks of tiles of `tokens` tokens, at most 16, of a choice without a window."""
+    from nsa_jax.kernels import walk as kernels
+
+    constants = {"CHOSEN": choice.selected.shape[3], "BLOCK": block_size}
+    return PairedWalks(
+        *_launch(kernels.walk_in_pairs, choice.selected, choice, 2 * tokens, (2,), block_size, constants)
+    )
+
+
+def _launch(kernel, first_keys, choice, tokens, parts, block_size, constants) -> list[Array]:
+    """Runs a kernel of kernels/walk.py; parts: axes into which the entries of `tokens` tokens are cut."""
+    largest = choice.blocks.begin.shape[1] * block_size
 
     def run(first_keys, place):
         B, T, H, S = first_keys.shape
         tiles = -(-T // tokens)
-        shape = (B, H, tiles, tokens * S)
+        shape = (B, H, tiles, *parts, tokens * S // math.prod(parts))
         sides = tiling.power_of_two(tokens), tiling.power_of_two(S)
-        units = tiling.walk_units(sides[0] * sides[1])
+        entries = sides[0] * sides[1]
+        units = tiling.walk_units(entries)
         return launch.launch(
-            kernels.walk, first_keys, place,
+            kernel, first_keys, place,
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
-            programs=-(-tiles // units) * H * B, warps=4, stages=1, flops=0,
-            T=T, H=H, S=S, CHOSEN=chosen, BLOCK=block_size, WINDOW=window_size, TOKENS=tokens, UNITS=units,
-            TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
+            programs=-(-tiles // units) * H * B, warps=tiling.walk_warps(entries), stages=1, flops=0,
+            T=T, H=H, S=S, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
+            ROUNDS=entries.bit_length() - 1, WIDE=largest * 2 * sides[0] >= 2**31, **constants,
         )  # fmt: skip
 
-    return Walks(*launch.fold_vmap(run)(first_keys, choice.place))
+    return launch.fold_vmap(run)(first_keys, choice.place)

@@ -10,7 +10,7 @@ from cases import packing
 
 from nsa_jax.inverse import Items, invert, more_items
 from nsa_jax.segments import Blocks
-from nsa_jax.walk import NOWHERE, Walks, choose, walks
+from nsa_jax.walk import NOWHERE, Walks, choose, walks, walks_in_pairs
 
 B, H, BLOCK = 2, 2, 16
 
@@ -94,6 +94,59 @@ def test_walks(case):
         assert (begins[b, h, tile, count:] == NOWHERE).all()
         plain = [begin for begin in bits if begin + BLOCK + window_size <= tile * tokens + 1]
         assert plain_counts[b, h, tile] == len(plain)
+
+
+# T, S, tokens in a tile, segments, whether counts are given
+PAIRS = [
+    (1, 1, 1, "whole", False),
+    (17, 5, 1, "packed", True),
+    (40, 3, 2, "single", False),
+    (63, 3, 4, "packed", True),
+    (64, 1, 8, "whole", False),
+    (100, 2, 16, "packed", False),
+]
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_walks_in_pairs(case):
+    T, S, tokens, kind, counted = case
+    choice, table = chosen(kind, T, S, 0, counted)
+    begins, members, counts, edges = map(np.asarray, walks_in_pairs(choice, tokens, BLOCK))
+    pairs = -(-T // (2 * tokens))
+    assert begins.shape == members.shape == (B, H, pairs, 2, tokens * S)
+    assert counts.shape == edges.shape == (B, H, pairs)
+    for b, h, pair in np.ndindex(B, H, pairs):
+        bits = [collections.Counter(), collections.Counter()]
+        for i, t in enumerate(range(2 * pair * tokens, min(T, 2 * (pair + 1) * tokens))):
+            bits[i // tokens].update(dict.fromkeys(table[b, h, t][0], 1 << i % tokens))
+        shared = set(bits[0]) & set(bits[1])
+        steps = counts[b, h, pair]
+        assert steps == max(map(len, bits))
+        walked = begins[b, h, pair, :, :steps].tolist()
+        wanted_by = members[b, h, pair, :, :steps].tolist()
+        for tile in range(2):
+            found = {begin: bit for begin, bit in zip(walked[tile], wanted_by[tile], strict=True) if bit}
+            assert found == {begin: bit | (2**30 if begin in shared else 0) for begin, bit in bits[tile].items()}
+            assert sum(bit > 0 for bit in wanted_by[tile]) == len(bits[tile])
+        steps_of_both = zip(zip(*walked, strict=True), zip(*wanted_by, strict=True), strict=True)
+        at_once = [begins for begins, bits in steps_of_both if max(bits) >= 2**30]
+        assert at_once == [(begin, begin) for begin in sorted(shared)]
+        begun = [begin for both in bits for begin in both]
+        before = {
+            begin for begin in begun if begin + BLOCK <= min(choice.place[b, 2 * pair * tokens :][: 2 * tokens]) + 1
+        }
+        assert before == {begin for begin in begun if begin <= edges[b, h, pair]}
+
+
+def test_what_is_shared_is_spread_evenly():
+    indices = np.array([0, 1, 2, 3, 4, 6, 8, 10, 0, 1, 2, 3, 5, 7, 9, 11], np.int32).reshape(1, 2, 1, 8)
+    first_keys = jnp.asarray(indices * BLOCK)
+    choice = choose(jnp.asarray(indices[:, :, :, :1] * 0), None, None, BLOCK)._replace(
+        selected=first_keys, blocks=choose(jnp.zeros((1, 12 * BLOCK, 1, 1), jnp.int32), None, None, BLOCK).blocks
+    )
+    members = walks_in_pairs(choice, 1, BLOCK).members
+    shared = (members[0, 0, 0, :, :8] >= 2**30).tolist()
+    assert shared == [[False, True] * 4] * 2
 
 
 def test_blocks_hold_every_token_once():
