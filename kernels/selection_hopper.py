@@ -2,9 +2,9 @@
 
 A unit is two tiles of 128 (token, head of the group) pairs, one for each of two warpgroups. A warp of its own copies a
 unit's queries, then its keys into a ring of STAGES slots, each with a note of what it is. The two warpgroups take the
-products, keys as rows, sum the probabilities over the group, and hand sums [token, WINDOWS] to a third one, which keeps
-the lists of the unit's tokens while they go on. The queries lie so that a thread holds all heads of its tokens, or at
-G = 64 half of them (`_column_of`): their sum takes no other thread, or one.
+products, keys as rows, sum the probabilities over the group, and hand sums [token, WINDOWS] to eight more warps, which
+keep the lists of the unit's tokens while they go on. The queries lie so that a thread holds all heads of its tokens, or
+at G = 64 half of them (`_column_of`): their sum takes no other thread, or one.
 """
 
 from triton.experimental import gluon
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import LOG2E, WIDTH, arrive, as_columns, as_rows, lanes, place_of, product_layout
-from .selection_hopper_lists import NONE, ascending, by_token, insert, places, same, start_lists
+from .selection_hopper_lists import LIST_WARPS, NONE, ascending, by_token, insert, places, same, start_lists
 
 WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(128)  # (token, head of the group) pairs of a warpgroup
@@ -351,7 +351,7 @@ def _keep(
     for unit in range(gl.program_id(0), TILES * H * B, PROGRAMS):
         tile, head, row = place_of(unit, H, B, TILES)
         begin, stop, waiting = _unit(
-            tile, head, row, count, segment_start, own_block, key_begin, T, H, G, INIT, LOCAL, WARPS
+            tile, head, row, count, segment_start, own_block, key_begin, T, H, G, INIT, LOCAL, LIST_WARPS
         )
         inside = tile * TOKENS + local < T
         place = row.to(gl.int64) * T + tile * TOKENS + local
@@ -417,7 +417,7 @@ def select(
         mbarrier.init(empty.index(i), count=GROUPS * WARPS)
     for i in gl.static_range(CHUNKS):
         mbarrier.init(sums_full.index(i), count=GROUPS * WARPS)
-        mbarrier.init(sums_empty.index(i), count=WARPS)
+        mbarrier.init(sums_empty.index(i), count=LIST_WARPS)
     fence_async_shared()
     gl.barrier()
     gl.warp_specialize(
@@ -440,6 +440,6 @@ def select(
                 T, H, G, K, B, SHARE, INIT, LOCAL, TILES, PROGRAMS, STAGES,
             )),
         ],
-        [4, 4, 1],
-        [176, 120, 24],
+        [4, 8, 1],
+        [136, 96, 24],
     )  # fmt: skip

@@ -8,7 +8,7 @@ checks: the reductions are within a warp.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-WARPS = gl.constexpr(4)  # that keep lists
+LIST_WARPS = gl.constexpr(8)  # that keep lists
 KEPT = gl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
 NONE = gl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list
 
@@ -16,11 +16,11 @@ NONE = gl.constexpr(0x40000000)  # blocks from here on stand for an empty place 
 @gluon.constexpr_function
 def by_token(tokens, groups):
     """[tokens, groups, 32]: tokens across warps, then registers; groups in registers, their members across lanes."""
-    bits = max(tokens, WARPS.value).bit_length() - 1
+    bits = max(tokens, LIST_WARPS.value).bit_length() - 1
     token = [[1 << i, 0, 0] if 1 << i < tokens else [0, 0, 0] for i in range(bits)]
-    registers = [[0, 1 << i, 0] for i in range(groups.bit_length() - 1)] + token[2:]
+    registers = [[0, 1 << i, 0] for i in range(groups.bit_length() - 1)] + token[3:]
     return gl.DistributedLinearLayout(
-        registers, [[0, 0, 1 << i] for i in range(5)], token[:2], [], [tokens, groups, 32]
+        registers, [[0, 0, 1 << i] for i in range(5)], token[:3], [], [tokens, groups, 32]
     )
 
 

@@ -1,7 +1,8 @@
 """What jax_triton 0.4 lacks for kernels written in Gluon, Triton's lower level.
 
 It makes their code but would send it through the passes of Triton's own language, and it launches as many warps as the
-kernel's first partition has, while the others of `gluon.language.warp_specialize` need warps too.
+kernel's first partition has, while the others of `gluon.language.warp_specialize` need warps too. And it takes kernels
+that are launched in clusters to be written for that, all their layouts spread over a cluster's programs.
 """
 
 import atexit
@@ -44,6 +45,11 @@ def warps(ptx: str, partition: int) -> int:
     return int(required[1]) // 32 if required else partition
 
 
+def programs_of_cluster(ptx: str) -> int:
+    """How many programs run as one cluster: two where they wait for each other (kernels/hopper_pairs.py)."""
+    return 2 if "barrier.cluster" in ptx else 1
+
+
 def _for_gluon(backend):
     """A backend of Triton whose passes up to TritonGPU code are those for Gluon."""
     backend = copy.copy(backend)
@@ -52,20 +58,15 @@ def _for_gluon(backend):
     return backend
 
 
-def programs_of_cluster(ptx: str) -> int:
-    """The programs of a cluster: two where a kernel waits for its neighbour."""
-    return 2 if "barrier.cluster" in ptx else 1
-
-
 class _KernelLibrary:
-    """jaxlib's module of Triton kernels, which are launched with the warps that their PTX requires."""
+    """jaxlib's module of Triton kernels, launched with the warps and in the clusters that their PTX requires."""
 
     def __init__(self, library):
         self._library = library
 
     def TritonKernel(self, name, num_warps, num_ctas, shared, binary, *rest):
-        ctas = max(num_ctas, programs_of_cluster(binary))
-        return self._library.TritonKernel(name, warps(binary, num_warps), ctas, shared, binary, *rest)
+        cluster = max(num_ctas, programs_of_cluster(binary))
+        return self._library.TritonKernel(name, warps(binary, num_warps), cluster, shared, binary, *rest)
 
     def __getattr__(self, name):
         return getattr(self._library, name)

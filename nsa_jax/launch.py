@@ -208,7 +208,7 @@ def launch(
             The constexpr DESCRIPTORS, if it has one, tells whether it got Tiled arrays.
         *arrays: one array per input pointer, one Tiled per tensor descriptor.
         outputs: shape and dtype per output pointer; the kernel writes every element of those that the caller looks at.
-        programs: size of the grid, which has one axis.
+        programs: size of the grid, which has one axis; where programs run in pairs, so many pairs.
         warps, stages: num_warps and num_stages.
         flops: floating-point operations, for profiles.
         registers: most that a thread may have; None for as many as there are.

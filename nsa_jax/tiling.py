@@ -317,9 +317,7 @@ def selection_hopper(capability: int, width: int, itemsize: int, group: int, cou
     """Whether kernels/selection_hopper.py is for this architecture and shape; width: of keys, count and share as in
     `selection`."""
     fits = width in (64, 128) and group in (8, 16, 32, 64) and count <= 64 and share in (1, 2, 4, 8)
-    # with few windows to a block, or many tokens to a unit, its lists take longer than its products
-    is_faster = share >= 4 or (group >= 16 and count <= 32)
-    return capability == 90 and itemsize == 2 and fits and is_faster
+    return capability == 90 and itemsize == 2 and fits
 
 
 def selection_hopper_stages(width: int, group: int) -> int:

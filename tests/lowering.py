@@ -147,6 +147,8 @@ def compiled(folder: pathlib.Path) -> list[dict]:
     """Of every kernel in JAX_TRITON_DUMP_DIR the name, shared memory in bytes, and what ptxas says about its PTX."""
     from triton.backends.nvidia.compiler import get_ptxas
 
+    from nsa_jax import gluon
+
     facts = []
     for info in folder.glob("*/*.compile_info"):
         name, shared = re.fullmatch(r"(\w+): shared_mem_bytes: (\d+)\s*", info.read_text()).groups()
@@ -158,6 +160,7 @@ def compiled(folder: pathlib.Path) -> list[dict]:
         level = ["-O3", "-v"] if "setmaxnreg" in code else ["-O1"]
         command = [ptxas, *level, f"--gpu-name={target[1]}", str(ptx), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        maps = set(re.findall(r"mov\.b64 source, (\w+);", code))
         facts.append(
             {
                 "name": name,
@@ -166,6 +169,10 @@ def compiled(folder: pathlib.Path) -> list[dict]:
                 "error": done.stderr if done.returncode else "",
                 # a scalar of kernels/selected_hopper.py that differs by warp
                 "warps_part": "%tid.x; shr.u32" in code,
+                # tensor maps that assembly names, and those that are no parameters of the kernel
+                "maps": sorted(maps),
+                "unknown_maps": sorted(maps - set(re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", code))),
+                "cluster": gluon.programs_of_cluster(code),
                 "barriers": len(re.findall(r"\bbar\.sync", code)),
                 "rounds": [
                     loop.count("bar.sync") for loop in loops(code) if "redux" in loop and "mbarrier" not in loop

@@ -57,6 +57,11 @@ def test_forward_and_backward_compile(capability, names):
         {"forward", "backward_query"} if capability == 90 and names == ["native_sparse_attention"] else set()
     )
     assert all(kernel["barriers"] == 1 for kernel in parting)
+    # and they alone run in pairs, one of which copies the keys, the other the values, by the names of their tensor maps
+    for kernel in facts["compiled"]:
+        assert kernel["cluster"] == (2 if kernel["warps_part"] else 1), kernel
+        maps = [f"{kernel['name']}_param_{i}" for i in (1, 8)] if kernel["warps_part"] else []
+        assert kernel["maps"] == maps and not kernel["unknown_maps"], kernel
     # those of kernels/selection_hopper.py while they put candidates into their lists
     lists = [kernel["rounds"] for kernel in facts["compiled"] if kernel["name"] == "select" and kernel["gluon"]]
     assert bool(lists) == (capability == 90 and names != ["native_sparse_attention, short window"])
