@@ -36,18 +36,14 @@ def _place(T: tl.constexpr, H: tl.constexpr, UNITS: tl.constexpr, TILES: tl.cons
 
 
 @triton.jit
-def _union(
-    first_keys, begins, members, row, head, tile,
+def _sorted_keys(
+    first_keys, row, head, tile,
     T: tl.constexpr, H: tl.constexpr, S: tl.constexpr, CHOSEN: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
-    TILES: tl.constexpr, TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr, ROUNDS: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr, ROUNDS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of the tiles, ascending, NOWHERE after the last, and their members: [UNITS, N], by way of memory.
-
-    Also how many they are, [UNITS], and where in begins and members the tiles' TOKENS * S entries stand.
-    """
+    """[UNITS, N], ascending: a first key, then in the lower bits token and whether its window touches the block; and of
+    each entry the one before. Beyond the last `_none`."""
     N: tl.constexpr = TOKENS_SIDE * S_SIDE
-    LOW: tl.constexpr = 2 * TOKENS_SIDE  # below a first key: the token, and whether its window touches the block
-    LAST: tl.constexpr = 2**62 if WIDE else NOWHERE
     entry = tl.arange(0, N)
     local = entry // S_SIDE
     pick = entry % S_SIDE
@@ -58,19 +54,48 @@ def _union(
         other=NOWHERE,
     )
     low = local * 2 + (pick >= CHOSEN).to(tl.int32)
-    key = (wanted.to(tl.int64) if WIDE else wanted) * LOW + low[None, :]
-    key = _sort(tl.where(wanted < NOWHERE, key, LAST), UNITS, N, ROUNDS)
-    before = tl.gather(key, tl.broadcast_to(tl.maximum(entry - 1, 0)[None, :], [UNITS, N]), 1)
+    key = (wanted.to(tl.int64) if WIDE else wanted) * (2 * TOKENS_SIDE) + low[None, :]
+    key = _sort(tl.where(wanted < NOWHERE, key, _none(WIDE)), UNITS, N, ROUNDS)
+    return key, tl.gather(key, tl.broadcast_to(tl.maximum(entry - 1, 0)[None, :], [UNITS, N]), 1)
+
+
+@triton.constexpr_function
+def _none(wide):
+    return 2**62 if wide else 2**31 - 1
+
+
+@triton.jit
+def _union(
+    first_keys, begins, members, row, head, tile,
+    T: tl.constexpr, H: tl.constexpr, S: tl.constexpr, CHOSEN: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
+    TILES: tl.constexpr, TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr, ROUNDS: tl.constexpr, WIDE: tl.constexpr,
+    SORTED: tl.constexpr,
+):  # fmt: skip
+    """The blocks of the tiles, ascending, NOWHERE after the last, and their members: [UNITS, N], by way of memory.
+
+    Also how many they are, [UNITS], and where in begins and members the tiles' TOKENS * S entries stand.
+    """
+    N: tl.constexpr = TOKENS_SIDE * S_SIDE
+    LOW: tl.constexpr = 2 * TOKENS_SIDE
+    entry = tl.arange(0, N)
+    at = ((row * H + head) * TILES + tile)[:, None] * (TOKENS * S)
+    inside = (tile < TILES)[:, None]
+    if SORTED:
+        here = inside & (entry < TOKENS * S)[None, :]
+        key = tl.load(first_keys + at + entry[None, :], mask=here, other=_none(WIDE))
+        before = tl.load(first_keys + at + entry[None, :] - 1, mask=here & (entry > 0)[None, :], other=0)
+    else:
+        key, before = _sorted_keys(
+            first_keys, row, head, tile, T, H, S, CHOSEN, TOKENS, UNITS, TOKENS_SIDE, S_SIDE, ROUNDS, WIDE
+        )
     is_first = (entry == 0)[None, :]
-    is_real = key < LAST
+    is_real = key < _none(WIDE)
     low = (key % LOW).to(tl.int32)
     bit = tl.where(is_real & (is_first | (key != before)), 1 << (low // 2 + low % 2 * 16), 0)
     begin = (key // LOW).to(tl.int32)
     opens = is_real & (is_first | (begin != (before // LOW).to(tl.int32)))  # the first entry of a block
     count = tl.sum(opens.to(tl.int32), 1)
 
-    at = ((row * H + head) * TILES + tile)[:, None] * (TOKENS * S)
-    inside = (tile < TILES)[:, None]
     to = at + tl.cumsum(opens.to(tl.int32), 1) - 1
     tl.store(begins + to, begin, mask=opens & inside)
     tl.store(members + to, tl.cumsum(bit, 1) - bit, mask=opens & inside)  # the bits before, modulo 2 ** 32
@@ -100,12 +125,13 @@ def walk(
     first_keys, place, begins, members, counts, plain_counts,
     T: tl.constexpr, H: tl.constexpr, S: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr, TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr,
-    ROUNDS: tl.constexpr, WIDE: tl.constexpr,
+    ROUNDS: tl.constexpr, WIDE: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """The walks of tiles of TOKENS (up to 16) tokens, UNITS tiles a program.
 
     first_keys [B, T, H, S]: the first key of every block that a token wants, or NOWHERE; any order, with repeats. The
-    first CHOSEN are blocks it selected, the others blocks that its sliding window touches.
+    first CHOSEN are blocks it selected, the others blocks that its sliding window touches. If SORTED, [B, H, TILES,
+    TOKENS * S]: what `_sorted_keys` would give.
     begins [B, H, TILES, TOKENS * S]: the tile's blocks, ascending, without repeats, NOWHERE after the counts [B, H,
     TILES] real ones, of which the first plain_counts lie before every token's place [B, T] and window. members: bit i
     tells whether the tile's i-th token selected the block, bit 16 + i whether its window touches it.
@@ -113,7 +139,7 @@ def walk(
     row, head, tile = _place(T, H, UNITS, TILES)
     begin, member, count, at = _union(
         first_keys, begins, members, row, head, tile,
-        T, H, S, CHOSEN, TOKENS, UNITS, TILES, TOKENS_SIDE, S_SIDE, ROUNDS, WIDE,
+        T, H, S, CHOSEN, TOKENS, UNITS, TILES, TOKENS_SIDE, S_SIDE, ROUNDS, WIDE, SORTED,
     )  # fmt: skip
     entry = tl.arange(0, TOKENS_SIDE * S_SIDE)
     mask = (tile < TILES)[:, None] & (entry < TOKENS * S)[None, :]
@@ -130,20 +156,20 @@ def walk_in_pairs(
     first_keys, place, begins, members, counts, edges,
     T: tl.constexpr, H: tl.constexpr, S: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     UNITS: tl.constexpr, TILES: tl.constexpr, TOKENS_SIDE: tl.constexpr, S_SIDE: tl.constexpr, ROUNDS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
-    """The walks of pairs of tiles, TOKENS (up to 30) tokens a pair, UNITS pairs a program; TILES pairs a row.
+    """The walks of pairs of tiles, TOKENS (up to 32) tokens a pair, UNITS pairs a program; TILES pairs a row.
 
-    first_keys as in `walk`, all CHOSEN. Both tiles of a pair take the counts [B, H, TILES] steps at the same time, and
-    what both want at the same step: begins [B, H, TILES, 2, TOKENS * S / 2]. members: bit i tells whether the i-th
-    token of the tile wants the block, SHARED whether the other tile does too; 0 at a step that is the other tile's
+    first_keys and SORTED as in `walk`, all CHOSEN. Both tiles of a pair take the counts [B, H, TILES] steps at the same
+    time, and what both want at the same step: begins [B, H, TILES, 2, TOKENS * S / 2]. members: bit i tells whether the
+    i-th token of the tile wants the block, SHARED whether the other tile does too; 0 at a step that is the other tile's
     alone. Blocks up to the edges [B, H, TILES] lie before the place [B, T] of every token of the pair.
     """
     N: tl.constexpr = TOKENS_SIDE * S_SIDE
     row, head, tile = _place(T, H, UNITS, TILES)
     begin, member, _, at = _union(
         first_keys, begins, members, row, head, tile,
-        T, H, S, CHOSEN, TOKENS, UNITS, TILES, TOKENS_SIDE, S_SIDE, ROUNDS, WIDE,
+        T, H, S, CHOSEN, TOKENS, UNITS, TILES, TOKENS_SIDE, S_SIDE, ROUNDS, WIDE, SORTED,
     )  # fmt: skip
     entry = tl.arange(0, N)[None, :]
     inside = (tile < TILES)[:, None]

@@ -126,7 +126,7 @@ def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
 
 def _launch(kernel, first_keys, choice, tokens, parts, block_size, constants) -> list[Array]:
     """Runs a kernel of kernels/walk.py; parts: axes into which the entries of `tokens` tokens are cut."""
-    largest = choice.blocks.begin.shape[1] * block_size
+    longest = choice.blocks.begin.shape[1] * block_size
 
     def run(first_keys, place):
         B, T, H, S = first_keys.shape
@@ -135,12 +135,29 @@ def _launch(kernel, first_keys, choice, tokens, parts, block_size, constants) ->
         sides = tiling.power_of_two(tokens), tiling.power_of_two(S)
         entries = sides[0] * sides[1]
         units = tiling.walk_units(entries)
+        wide = longest * 2 * sides[0] >= 2**31
+        is_sorted = entries > tiling.WALK_SORTS and not wide
+        if is_sorted:
+            first_keys = _sorted_keys(first_keys, tokens, constants["CHOSEN"], 2 * sides[0])
         return launch.launch(
             kernel, first_keys, place,
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
             programs=-(-tiles // units) * H * B, warps=tiling.walk_warps(entries), stages=1, flops=0,
             T=T, H=H, S=S, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
-            ROUNDS=entries.bit_length() - 1, WIDE=largest * 2 * sides[0] >= 2**31, **constants,
+            ROUNDS=entries.bit_length() - 1, WIDE=wide, SORTED=is_sorted, **constants,
         )  # fmt: skip
 
     return launch.fold_vmap(run)(first_keys, choice.place)
+
+
+def _sorted_keys(first_keys: Array, tokens: int, chosen: int, low: int) -> Array:
+    """What the kernels would sort, int32 [B, H, tiles, tokens * S]: first keys times `low`, in the lower bits twice the
+    token, plus 1 for blocks that are not selected."""
+    B, T, H, S = first_keys.shape
+    tiles = -(-T // tokens)
+    first_keys = jnp.pad(first_keys, ((0, 0), (0, tiles * tokens - T), (0, 0), (0, 0)), constant_values=NOWHERE)
+    first_keys = jnp.moveaxis(first_keys.reshape(B, tiles, tokens, H, S), 3, 1)  # [B, H, tiles, tokens, S]
+    token, pick = (jax.lax.broadcasted_iota(jnp.int32, first_keys.shape, axis) for axis in (3, 4))
+    keys = first_keys * low + 2 * token + (pick >= chosen).astype(jnp.int32)
+    keys = jnp.where(first_keys < NOWHERE, keys, NOWHERE)
+    return jax.lax.sort(keys.reshape(B, H, tiles, tokens * S), dimension=3)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import packing
 
+from nsa_jax import tiling
 from nsa_jax.inverse import Items, invert, more_items
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import NOWHERE, Walks, choose, walks, walks_in_pairs
@@ -75,8 +76,13 @@ WALKS = [
 ]
 
 
+@pytest.fixture(params=[tiling.WALK_SORTS, 0], ids=["sorted by the kernel", "by XLA"])
+def sorts(request, monkeypatch):
+    monkeypatch.setattr(tiling, "WALK_SORTS", request.param)
+
+
 @pytest.mark.parametrize("case", WALKS, ids=str)
-def test_walks(case):
+def test_walks(sorts, case):
     T, S, tokens, window_size, kind, counted = case
     choice, table = chosen(kind, T, S, window_size, counted)
     begins, members, counts, plain_counts = map(np.asarray, walks(choice, tokens, BLOCK, window_size))
@@ -108,7 +114,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
-def test_walks_in_pairs(case):
+def test_walks_in_pairs(sorts, case):
     T, S, tokens, kind, counted = case
     choice, table = chosen(kind, T, S, 0, counted)
     begins, members, counts, edges = map(np.asarray, walks_in_pairs(choice, tokens, BLOCK))
