@@ -76,16 +76,26 @@ WALKS = [
 ]
 
 
-@pytest.fixture(params=[tiling.WALK_SORTS, 0], ids=["sorted by the kernel", "by XLA"])
-def sorts(request, monkeypatch):
-    monkeypatch.setattr(tiling, "WALK_SORTS", request.param)
+@pytest.fixture(params=["sorted by the kernel", "in 64 bits", "by XLA"])
+def made_long(request, monkeypatch):
+    """Makes a choice one of a row so long, or of so many blocks, that walks are sorted in that way."""
+    if request.param == "by XLA":
+        monkeypatch.setattr(tiling, "WALK_SORTS", 0)
+
+    def made(choice):
+        if request.param != "in 64 bits":
+            return choice
+        begin = np.broadcast_to(np.int32(0), (B, 2**30 // BLOCK))  # only its shape counts
+        return choice._replace(blocks=choice.blocks._replace(begin=begin))
+
+    return made
 
 
 @pytest.mark.parametrize("case", WALKS, ids=str)
-def test_walks(sorts, case):
+def test_walks(made_long, case):
     T, S, tokens, window_size, kind, counted = case
     choice, table = chosen(kind, T, S, window_size, counted)
-    begins, members, counts, plain_counts = map(np.asarray, walks(choice, tokens, BLOCK, window_size))
+    begins, members, counts, plain_counts = map(np.asarray, walks(made_long(choice), tokens, BLOCK, window_size))
     tiles = -(-T // tokens)
     assert begins.shape == members.shape == (B, H, tiles, tokens * (S + choice.touched.shape[2]))
     assert counts.shape == plain_counts.shape == (B, H, tiles)
@@ -114,10 +124,10 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
-def test_walks_in_pairs(sorts, case):
+def test_walks_in_pairs(made_long, case):
     T, S, tokens, kind, counted = case
     choice, table = chosen(kind, T, S, 0, counted)
-    begins, members, counts, edges = map(np.asarray, walks_in_pairs(choice, tokens, BLOCK))
+    begins, members, counts, edges = map(np.asarray, walks_in_pairs(made_long(choice), tokens, BLOCK))
     pairs = -(-T // (2 * tokens))
     assert begins.shape == members.shape == (B, H, pairs, 2, tokens * S)
     assert counts.shape == edges.shape == (B, H, pairs)
