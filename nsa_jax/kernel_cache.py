@@ -5,6 +5,7 @@ part of XLA. With `jax_compilation_cache_dir` set, what Triton makes of a kernel
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -35,9 +36,13 @@ def install(triton_lib) -> None:
 
 def _key(ttir, options, gpu_target) -> str:
     """What the PTX depends on, but for the places in source files that it tells."""
-    versions = (importlib.metadata.version(name) for name in ("triton", "jax-triton"))
-    parts = (*versions, ttir.str_nodebug(), options.hash(), repr(gpu_target))
+    parts = (*_versions(), ttir.str_nodebug(), options.hash(), repr(gpu_target))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    return tuple(importlib.metadata.version(name) for name in ("triton", "jax-triton"))
 
 
 def _read(path: pathlib.Path, kind):
