@@ -67,8 +67,9 @@ def _copies(parameter, columns, rows):
     )
     return (
         "{ .reg .pred first; .reg .u32 lane, at, x, tile, barrier; .reg .b64 source; .reg .b16 both; mov.b16 both, 3;"
-        " mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; shl.b32 at, $5, 24; or.b32 tile, at, $0;"
-        f" or.b32 barrier, at, $4; mov.b64 source, {parameter}; cvta.param.u64 source, source; {' '.join(pieces)} }}"
+        " bar.warp.sync 0xffffffff; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; shl.b32 at, $5, 24;"
+        " or.b32 tile, at, $0; or.b32 barrier, at, $4;"
+        f" mov.b64 source, {parameter}; cvta.param.u64 source, source; {' '.join(pieces)} }}"
     )
 
 
@@ -77,6 +78,8 @@ def copy_to_both(
     parameter: gl.constexpr, row, first, column, barrier, tile, rank, COLUMNS: gl.constexpr, ROWS: gl.constexpr
 ):
     """As tma.async_load of [1, ROWS, COLUMNS] at [row, first, column], into this tile and barrier of both programs.
+
+    Begins when all threads of the warp are here: none is left waiting for what comes before.
 
     parameter: the descriptor's name in PTX, KERNEL_param_I, where a descriptor of three axes before it counts as seven.
     Assembly can take no descriptor.

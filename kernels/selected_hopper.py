@@ -265,7 +265,7 @@ def forward(
     SCALE: gl.constexpr, TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
     TOGETHER: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS pairs."""
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS pairs, for UNITS pairs of units."""
     keys, values, full, empty, ready = _ring(key, value, KEYS, K, V, STAGES)
     gl.warp_specialize(
         [

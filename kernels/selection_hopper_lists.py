@@ -15,7 +15,10 @@ NONE = gl.constexpr(0x40000000)  # blocks from here on stand for an empty place 
 
 @gluon.constexpr_function
 def by_token(tokens, groups):
-    """[tokens, groups, 32]: tokens across warps, then registers; groups in registers, their members across lanes."""
+    """[tokens, groups, 32]: tokens across warps, then registers; groups in registers, their members across lanes.
+
+    With fewer tokens than warps the last warps do what the first do.
+    """
     bits = max(tokens, LIST_WARPS.value).bit_length() - 1
     token = [[1 << i, 0, 0] if 1 << i < tokens else [0, 0, 0] for i in range(bits)]
     registers = [[0, 1 << i, 0] for i in range(groups.bit_length() - 1)] + token[3:]

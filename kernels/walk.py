@@ -27,7 +27,7 @@ def _sort(x, UNITS: tl.constexpr, N: tl.constexpr, ROUNDS: tl.constexpr):
 
 
 @triton.jit
-def _place(T: tl.constexpr, H: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr):
+def _place(H: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr):
     """The row, the head and the tiles [UNITS] of this program."""
     groups: tl.constexpr = (TILES + UNITS - 1) // UNITS
     program = tl.program_id(0)
@@ -136,7 +136,7 @@ def walk(
     TILES] real ones, of which the first plain_counts lie before every token's place [B, T] and window. members: bit i
     tells whether the tile's i-th token selected the block, bit 16 + i whether its window touches it.
     """
-    row, head, tile = _place(T, H, UNITS, TILES)
+    row, head, tile = _place(H, UNITS, TILES)
     begin, member, count, at = _union(
         first_keys, begins, members, row, head, tile,
         T, H, S, CHOSEN, TOKENS, UNITS, TILES, TOKENS_SIDE, S_SIDE, ROUNDS, WIDE, SORTED,
@@ -163,10 +163,11 @@ def walk_in_pairs(
     first_keys and SORTED as in `walk`, all CHOSEN. Both tiles of a pair take the counts [B, H, TILES] steps at the same
     time, and what both want at the same step: begins [B, H, TILES, 2, TOKENS * S / 2]. members: bit i tells whether the
     i-th token of the tile wants the block, SHARED whether the other tile does too; 0 at a step that is the other tile's
-    alone. Blocks up to the edges [B, H, TILES] lie before the place [B, T] of every token of the pair.
+    alone. What is behind the counts is left over. Blocks up to the edges [B, H, TILES] lie before the place [B, T] of
+    every token of the pair.
     """
     N: tl.constexpr = TOKENS_SIDE * S_SIDE
-    row, head, tile = _place(T, H, UNITS, TILES)
+    row, head, tile = _place(H, UNITS, TILES)
     begin, member, _, at = _union(
         first_keys, begins, members, row, head, tile,
         T, H, S, CHOSEN, TOKENS, UNITS, TILES, TOKENS_SIDE, S_SIDE, ROUNDS, WIDE, SORTED,
@@ -181,7 +182,7 @@ def walk_in_pairs(
     others = (first == 0) & (second != 0)
     shared = tl.sum(both.to(tl.int32), 1)[:, None]
     most = tl.maximum(tl.sum(ones.to(tl.int32), 1), tl.sum(others.to(tl.int32), 1))[:, None]
-    steps = shared + most
+    steps = (shared + most).to(tl.int64 if N > 65536 else tl.int32)  # products of two such numbers follow
     # what is shared is spread evenly among the rest, so that copying and multiplying alternate
     number = tl.cumsum(both.to(tl.int32), 1)
     step = (number * steps + shared - 1) // tl.maximum(shared, 1) - 1
@@ -201,5 +202,5 @@ def walk_in_pairs(
         tl.store(begins + to + step, tl.zeros([UNITS, N], tl.int32), mask=idle)
         tl.store(members + to + step, tl.zeros([UNITS, N], tl.int32), mask=idle)
     edge = _first_place(place, row, tile, T, TOKENS, TOKENS_SIDE) + (1 - BLOCK)
-    tl.store(counts + (row * H + head) * TILES + tile[:, None], steps, mask=inside)
+    tl.store(counts + (row * H + head) * TILES + tile[:, None], shared + most, mask=inside)
     tl.store(edges + (row * H + head) * TILES + tile, edge, mask=tile < TILES)

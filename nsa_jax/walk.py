@@ -50,6 +50,8 @@ class Walks(NamedTuple):
 class PairedWalks(NamedTuple):
     """What pairs of tiles of tokens walk at the same time, step by step, see kernels/walk.py.
 
+    Of what is behind the steps nothing is known.
+
     Attributes:
         begins: int32 [B, H, pairs, 2, tokens * S], first keys; shared blocks at the same step of both.
         members: int32, likewise, which tokens of the tile want the block, 2 ** 30 if the other tile does too; 0 for
@@ -111,7 +113,7 @@ def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) ->
     touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
     first_keys = jnp.concatenate([choice.selected, touched], axis=3)
     constants = {"CHOSEN": chosen, "BLOCK": block_size, "WINDOW": window_size}
-    return Walks(*_launch(kernels.walk, first_keys, choice, tokens, (), block_size, constants))
+    return Walks(*_launch(kernels.walk, first_keys, choice, tokens, (), constants))
 
 
 def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
@@ -119,14 +121,12 @@ def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
     from nsa_jax.kernels import walk as kernels
 
     constants = {"CHOSEN": choice.selected.shape[3], "BLOCK": block_size}
-    return PairedWalks(
-        *_launch(kernels.walk_in_pairs, choice.selected, choice, 2 * tokens, (2,), block_size, constants)
-    )
+    return PairedWalks(*_launch(kernels.walk_in_pairs, choice.selected, choice, 2 * tokens, (2,), constants))
 
 
-def _launch(kernel, first_keys, choice, tokens, parts, block_size, constants) -> list[Array]:
+def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]:
     """Runs a kernel of kernels/walk.py; parts: axes into which the entries of `tokens` tokens are cut."""
-    longest = choice.blocks.begin.shape[1] * block_size
+    length = choice.blocks.number.shape[1]
 
     def run(first_keys, place):
         B, T, H, S = first_keys.shape
@@ -135,7 +135,7 @@ def _launch(kernel, first_keys, choice, tokens, parts, block_size, constants) ->
         sides = tiling.power_of_two(tokens), tiling.power_of_two(S)
         entries = sides[0] * sides[1]
         units = tiling.walk_units(entries)
-        wide = longest * 2 * sides[0] >= 2**31
+        wide = length * 2 * sides[0] >= 2**31
         is_sorted = entries > tiling.WALK_SORTS and not wide
         if is_sorted:
             first_keys = _sorted_keys(first_keys, tokens, constants["CHOSEN"], 2 * sides[0])

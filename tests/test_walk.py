@@ -78,15 +78,15 @@ WALKS = [
 
 @pytest.fixture(params=["sorted by the kernel", "in 64 bits", "by XLA"])
 def made_long(request, monkeypatch):
-    """Makes a choice one of a row so long, or of so many blocks, that walks are sorted in that way."""
+    """Makes a choice one of a row so long, or of so many entries, that walks are sorted in that way."""
     if request.param == "by XLA":
         monkeypatch.setattr(tiling, "WALK_SORTS", 0)
 
     def made(choice):
         if request.param != "in 64 bits":
             return choice
-        begin = np.broadcast_to(np.int32(0), (B, 2**30 // BLOCK))  # only its shape counts
-        return choice._replace(blocks=choice.blocks._replace(begin=begin))
+        number = np.broadcast_to(np.int32(0), (B, 2**30))  # only its shape counts
+        return choice._replace(blocks=choice.blocks._replace(number=number))
 
     return made
 
