@@ -35,6 +35,12 @@ def _place(H: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr):
     return (program // (groups * H)).to(tl.int64), program // groups % H, tile
 
 
+@triton.constexpr_function
+def _none(wide):
+    """What stands for no key: more than every other."""
+    return 2**62 if wide else NOWHERE.value
+
+
 @triton.jit
 def _sorted_keys(
     first_keys, row, head, tile,
@@ -57,11 +63,6 @@ def _sorted_keys(
     key = (wanted.to(tl.int64) if WIDE else wanted) * (2 * TOKENS_SIDE) + low[None, :]
     key = _sort(tl.where(wanted < NOWHERE, key, _none(WIDE)), UNITS, N, ROUNDS)
     return key, tl.gather(key, tl.broadcast_to(tl.maximum(entry - 1, 0)[None, :], [UNITS, N]), 1)
-
-
-@triton.constexpr_function
-def _none(wide):
-    return 2**62 if wide else 2**31 - 1
 
 
 @triton.jit
@@ -111,9 +112,7 @@ def _union(
 
 
 @triton.jit
-def _first_place(
-    place, row, tile, T: tl.constexpr, TOKENS: tl.constexpr, TOKENS_SIDE: tl.constexpr
-):  # fmt: skip
+def _first_place(place, row, tile, T: tl.constexpr, TOKENS: tl.constexpr, TOKENS_SIDE: tl.constexpr):
     """The earliest place of each tile's tokens."""
     local = tl.arange(0, TOKENS_SIDE)
     token = tile[:, None] * TOKENS + local[None, :]
