@@ -5,13 +5,26 @@ known once it is traced, and Triton's compiler leaves the interpreter's lock to 
 """
 
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Hashable
 
 _lock = threading.Lock()
+_turn = threading.Lock()  # among the threads that compile: who is not in Triton's compiler
 _noted: dict[Hashable, Callable[[], object]] = {}
 _thread = threading.local()
+
+
+def install(triton_lib) -> None:
+    """Makes jax_triton's module `triton_lib` give up its turn while Triton's compiler works."""
+    compile_code = triton_lib.compile_ttir_inplace
+
+    def compile_aside(*arguments):
+        with aside():
+            return compile_code(*arguments)
+
+    triton_lib.compile_ttir_inplace = compile_aside
 
 
 def note(key: Hashable, compile_kernel: Callable[[], object]) -> None:
@@ -41,7 +54,26 @@ def finish() -> None:
     workers = min(len(waiting), os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=_begin_work) as pool:
         for compile_kernel in waiting:
-            pool.submit(compile_kernel)
+            pool.submit(_in_turn, compile_kernel)
+
+
+def _in_turn(compile_kernel: Callable[[], object]) -> None:
+    """Python's share of the work one after the other: threads that struggle for the interpreter take twice as long."""
+    with _turn:
+        compile_kernel()
+
+
+@contextlib.contextmanager
+def aside():
+    """Around what needs no interpreter: the next thread begins meanwhile."""
+    if not _works():
+        yield
+        return
+    _turn.release()
+    try:
+        yield
+    finally:
+        _turn.acquire()
 
 
 def _begin_work() -> None:

@@ -281,8 +281,16 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, registers,
     leaves, tree = jax.tree.flatten(structs)
     options = capability, warps, stages, registers
     key = kernel, options, tuple(leaves), tree, tuple(outputs), tuple(sorted(constants.items()))
-    compile_ahead.note(key, lambda: jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)))
+    compile_ahead.note(key, lambda: _compile_alone(call, structs))
     return call(*operands)
+
+
+def _compile_alone(call, structs) -> None:
+    """Compiles a launch by itself. XLA keeps ptxas' part, and so does not do it again in the program that launches."""
+    lowered = jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",))
+    if jax.default_backend() == "gpu":
+        with compile_ahead.aside():
+            lowered.compile()
 
 
 def _descriptor(tiled: Tiled):
@@ -319,6 +327,7 @@ def _jax_triton():
     mlir.register_lowering(triton_lib.triton_kernel_call_p, refuse, platform="cpu")
     mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
     gluon.install(triton_lib)
+    compile_ahead.install(triton_lib)
     kernel_cache.install(triton_lib)
     return jax_triton
 

@@ -1,6 +1,7 @@
 """Kernels compiled side by side: each once, together, and an error of one stops no other."""
 
 import threading
+import time
 
 import pytest
 
@@ -18,12 +19,52 @@ def test_all_at_once():
     arrived = []
 
     def compile_kernel():
-        arrived.append(meeting.wait())
+        with compile_ahead.aside():
+            arrived.append(meeting.wait())
 
     for key in range(3):
         compile_ahead.note(key, compile_kernel)
     compile_ahead.finish()
     assert sorted(arrived) == [0, 1, 2]
+
+
+def test_one_at_a_time_but_for_what_is_aside():
+    busy = threading.Lock()
+    failed = []
+
+    def compile_kernel():
+        for pause in (0.002, 0.001):
+            if not busy.acquire(blocking=False):
+                failed.append("two at a time")
+                return
+            time.sleep(pause)
+            busy.release()
+            with compile_ahead.aside():
+                time.sleep(pause)
+
+    for key in range(4):
+        compile_ahead.note(key, compile_kernel)
+    compile_ahead.finish()
+    assert not failed
+
+
+def test_turns_go_on_after_an_error_aside():
+    compiled = []
+
+    def compile_kernel(key):
+        with compile_ahead.aside():
+            compiled.append(key)
+            raise RuntimeError("no such register")
+
+    for key in range(3):
+        compile_ahead.note(key, lambda key=key: compile_kernel(key))
+    compile_ahead.finish()
+    assert sorted(compiled) == [0, 1, 2]
+
+
+def test_aside_is_nothing_where_nothing_is_compiled_ahead():
+    with compile_ahead.aside(), compile_ahead.aside():
+        pass
 
 
 def test_once_each():

@@ -1,5 +1,6 @@
 """Triton's kernels kept on disk: compiled once, found by the next process, made anew where a file is broken."""
 
+import dataclasses
 import types
 
 import jax
@@ -8,28 +9,45 @@ from jax_triton.triton_lib import CompilationResult, TensorDescMeta
 
 from nsa_jax import kernel_cache
 
-OPTIONS = types.SimpleNamespace(hash=lambda: "options")
+BACKEND = types.SimpleNamespace(parse_options=lambda options: types.SimpleNamespace(hash=lambda: str(options)))
 
 
-class Compiler:
+@dataclasses.dataclass
+class Process:
     """Stands for the module jax_triton.triton_lib of one process, and counts what is compiled."""
 
-    CompilationResult = CompilationResult
+    scratch: int | None = None
+    _JAX_TRITON_DUMP_DIR: str = ""
 
-    def __init__(self):
+    CompilationResult = CompilationResult
+    triton_kernel_call_lib = types.SimpleNamespace(TritonKernel=lambda *arguments: arguments)
+
+    def __post_init__(self):
+        process = self
         self.compiled = []
-        self.compile_ttir_inplace = self.compile
+
+        class TritonFunction:
+            def __init__(self, source, module):
+                self.fn = types.SimpleNamespace(cache_key=source, fn=types.SimpleNamespace(__module__=module))
+
+            def _compile_kernel(self, spec, gpu_target, backend, backend_options):
+                source = self.fn.cache_key
+                process.compiled.append(source)
+                meta = [dict.fromkeys(TensorDescMeta.__required_keys__, 1)]
+                scratch = {"global_scratch_size": process.scratch, "global_scratch_align": process.scratch}
+                result = CompilationResult(
+                    f"ptx of {source}", "kernel", 4096, "long", "longer", tensordesc_meta=meta, **scratch
+                )
+                options = backend.parse_options(backend_options)
+                return ("kernel", 4, 1, 4096, result.binary, f"ttir of {source}", 90), "ttir", options, result
+
+        self.TritonFunction = TritonFunction
         kernel_cache.install(self)
 
-    def compile(self, ttir, backend, options, gpu_target):
-        ttir = ttir.str_nodebug()
-        self.compiled.append(ttir)
-        meta = [dict.fromkeys(TensorDescMeta.__required_keys__, 1)]
-        return CompilationResult(f"ptx of {ttir}", "kernel", 4096, "long", "longer", tensordesc_meta=meta)
-
-    def __call__(self, ttir, target="sm_90"):
-        module = types.SimpleNamespace(str_nodebug=lambda: ttir)
-        return self.compile_ttir_inplace(module, None, OPTIONS, target)
+    def __call__(self, source, *, spec="spec", warps=4, capability=90, module="nsa_jax.kernels.selected"):
+        target = types.SimpleNamespace(arch=capability)
+        options = {"num_warps": warps, "num_ctas": 1}
+        return self.TritonFunction(source, module)._compile_kernel(spec, target, BACKEND, options)
 
 
 @pytest.fixture
@@ -45,41 +63,68 @@ def folder(tmp_path, set_folder):
     return tmp_path
 
 
-def test_another_process_compiles_nothing(folder):
-    first, second = Compiler(), Compiler()
-    made, found = first("a"), second("a")
+@pytest.mark.parametrize("scratch", [None, 128])
+def test_another_process_compiles_nothing(folder, scratch):
+    first, second = Process(scratch), Process(scratch)
+    _, ttir, _, made = first("a")
+    kernel, ttir_again, _, found = second("a")
     assert (first.compiled, second.compiled) == (["a"], [])
-    assert (found.binary, found.name, found.shared_mem_bytes) == (made.binary, made.name, made.shared_mem_bytes)
-    assert found.tensordesc_meta == made.tensordesc_meta
+    assert ttir_again == ttir
+    assert kernel == ("kernel", 4, 1, 4096, "ptx of a", ttir, 90, *([scratch, scratch] if scratch else []))
+    assert dataclasses.replace(made, ttgir="", llir="") == found
     assert all(path.parent == folder / "nsa_jax" and path.suffix == ".json" for path in folder.rglob("*.*"))
 
 
-def test_kernels_and_architectures_are_told_apart(folder):
-    compiler = Compiler()
-    for ttir, target in (("a", "sm_90"), ("b", "sm_90"), ("a", "sm_80"), ("b", "sm_90")):
-        assert compiler(ttir, target).binary == f"ptx of {ttir}"
-    assert compiler.compiled == ["a", "b", "a"]
+@pytest.mark.parametrize("other", [{"source": "b"}, {"spec": "other"}, {"warps": 8}, {"capability": 80}])
+def test_kernels_and_architectures_are_told_apart(folder, other):
+    process = Process()
+    for changes in ({}, other, {}):
+        process(**{"source": "a"} | changes)
+    assert process.compiled == ["a", other.get("source", "a")]
 
 
-@pytest.mark.parametrize("content", ["", '{"binary"', "[1]", '{"binary": "ptx"}'])
+def test_changed_constant_of_a_kernel_file(folder, monkeypatch):
+    Process()("a")
+    monkeypatch.setattr(kernel_cache, "_sources", lambda: "other")
+    process = Process()
+    process("a")
+    assert process.compiled == ["a"]
+
+
+@pytest.mark.parametrize("content", ["", '{"binary"', "[1]", "{}", '{"ttir": "", "binary": "ptx"}'])
 def test_broken_file_is_made_anew(folder, content):
-    Compiler()("a")
+    Process()("a")
     (path,) = (folder / "nsa_jax").iterdir()
     path.write_text(content)
-    second, third = Compiler(), Compiler()
-    assert second("a").binary == third("a").binary == "ptx of a"
+    second, third = Process(), Process()
+    assert second("a")[3].binary == third("a")[3].binary == "ptx of a"
     assert (second.compiled, third.compiled) == (["a"], [])
 
 
 def test_folder_that_cannot_be_written_to(folder):
     (folder / "nsa_jax").write_text("a file where the folder should be")
-    compiler = Compiler()
-    assert compiler("a").binary == compiler("a").binary == "ptx of a"
-    assert compiler.compiled == ["a", "a"]
+    process = Process()
+    assert process("a")[3].binary == process("a")[3].binary == "ptx of a"
+    assert process.compiled == ["a", "a"]
+
+
+def test_kernels_of_others_are_left_alone(folder):
+    process = Process()
+    for _ in range(2):
+        process("a", module="nsa_jax_kernels.selected")
+    assert process.compiled == ["a", "a"]
+    assert not list(folder.iterdir())
+
+
+def test_dumps_are_of_kernels_that_were_compiled(folder):
+    Process()("a")
+    process = Process(_JAX_TRITON_DUMP_DIR="somewhere")
+    process("a")
+    assert process.compiled == ["a"]
 
 
 def test_off_unless_jax_has_a_cache(set_folder):
     set_folder(None)
-    compiler = Compiler()
-    assert compiler("a").binary == "ptx of a"
-    assert compiler.compiled == ["a"]
+    process = Process()
+    assert process("a")[3].binary == "ptx of a"
+    assert process.compiled == ["a"]
