@@ -117,8 +117,8 @@ def _draw_speedups(ax: Axes, results: Results, rows: Sequence[Row], sweep: str) 
             ax.plot(*_sorted(points), style, marker=marker, markersize=4, color=_COLOURS[provider])
     ax.axhline(1, color=_COLOURS["dense"], linewidth=1)
     ax.annotate(
-        "dense causal", (0, 1), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-        fontsize=8, color=_COLOURS["dense"],
+        "dense causal", (1, 1), (-4, -4), xycoords=("axes fraction", "data"), textcoords="offset points",
+        fontsize=8, color=_COLOURS["dense"], ha="right", va="top",
     )  # fmt: skip
     _length_axis(ax, rows, sweep)
     ax.set_yscale("log", base=2)

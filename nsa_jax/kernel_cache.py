@@ -1,8 +1,8 @@
 """Compiled Triton kernels on disk, in the folder of JAX's persistent compilation cache.
 
 Triton compiles while JAX lowers, before JAX looks into its own cache, which therefore spares a second process only the
-part of XLA. With `jax_compilation_cache_dir` set, what Triton makes of a kernel of this package is kept there too, under
-`nsa_jax/`, and found by the kernel's sources: they need not be read by Triton then, which took most of the time.
+part of XLA. With `jax_compilation_cache_dir` set, what Triton makes of this package's kernels is kept there too, under
+`nsa_jax/`, and found by their sources: Triton need not even read them, which would be most of a second process' work.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import tempfile
 
 import jax
 
-from nsa_jax import kernels
+from nsa_jax import gluon, kernels
 
 
 def install(triton_lib) -> None:
@@ -42,15 +42,16 @@ def install(triton_lib) -> None:
 
 
 def _key(kernel, spec, gpu_target, options) -> str:
-    """What the PTX depends on. Triton's own key of a kernel tells of all that it calls, but not of every constant."""
+    """What the PTX depends on. Triton's own key of a kernel leaves out plain functions, which run while it compiles."""
     parts = (*_versions(), _sources(), kernel.cache_key, repr(spec), repr(gpu_target), options.hash())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the sources of all kernels."""
+    """A digest of the sources of all kernels, and of how those in Gluon are compiled."""
     files = sorted(path for folder in kernels.__path__ for path in pathlib.Path(folder).glob("*.py"))
+    files.append(pathlib.Path(gluon.__file__))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -6,6 +6,7 @@ import types
 import jax
 import pytest
 from jax_triton.triton_lib import CompilationResult, TensorDescMeta
+from test_lowering import script
 
 from nsa_jax import kernel_cache
 
@@ -83,7 +84,7 @@ def test_kernels_and_architectures_are_told_apart(folder, other):
     assert process.compiled == ["a", other.get("source", "a")]
 
 
-def test_changed_constant_of_a_kernel_file(folder, monkeypatch):
+def test_changed_source(folder, monkeypatch):
     Process()("a")
     monkeypatch.setattr(kernel_cache, "_sources", lambda: "other")
     process = Process()
@@ -128,3 +129,25 @@ def test_off_unless_jax_has_a_cache(set_folder):
     process = Process()
     assert process("a")[3].binary == "ptx of a"
     assert process.compiled == ["a"]
+
+
+LOWERED = """
+import sys, jax, jax.numpy as jnp, nsa_jax
+from jax_triton import triton_lib
+if sys.argv[1:] == ["found"]:
+    triton_lib.compile_ttir_inplace = None
+query, key = (jax.ShapeDtypeStruct((1, 1024, heads, 64), jnp.bfloat16) for heads in (16, 1))
+def attend(query, key):
+    return nsa_jax.sliding_window_attention(query, key, key, window_size=512, implementation="triton")
+print(jax.jit(attend).trace(query, key).lower(lowering_platforms=("cuda",)).as_text())
+"""
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])  # a kernel in Triton's language, one in Gluon
+def test_another_process_lowers_the_same_program(tmp_path, capability):
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "NSA_JAX_COMPUTE_CAPABILITY": capability}
+    made = script("-c", LOWERED, **environment)
+    assert "triton_kernel_call" in made
+    assert script("-c", LOWERED, "found", **environment) == made
+    with pytest.raises(AssertionError, match="'NoneType' object is not callable"):
+        script("-c", LOWERED, "found", **environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")})
