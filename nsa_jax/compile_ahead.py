@@ -1,7 +1,7 @@
 """Compiles kernels side by side: when the first is wanted, all that are known.
 
 JAX lowers the kernels of a program one after another, and each waits there for Triton. What a program will launch is
-known once it is traced, and Triton's compiler leaves the interpreter's lock to other threads.
+known once it is traced, and the compilers of Triton and XLA leave the interpreter's lock to other threads.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable
 
 _lock = threading.Lock()
-_turn = threading.Lock()  # among the threads that compile: who is not in Triton's compiler
+_turn = threading.Lock()  # among the threads that compile: who is not in a compiler
 _noted: dict[Hashable, Callable[[], object]] = {}
 _thread = threading.local()
 

@@ -107,7 +107,7 @@ def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: i
 
 
 def _places(ascending: Array, values: Array, side: str) -> Array:
-    """int32, where values would be put; unrolled, since each turn of a loop is several launches on a GPU."""
+    """int32, where values would be put; unrolled, since each turn of a loop would be two launches on a GPU."""
     return jnp.searchsorted(ascending, values, side=side, method="scan_unrolled").astype(jnp.int32)
 
 

@@ -2,7 +2,7 @@
 
 Triton compiles while JAX lowers, before JAX looks into its own cache, which therefore spares a second process only the
 part of XLA. With `jax_compilation_cache_dir` set, what Triton makes of this package's kernels is kept there too, under
-`nsa_jax/`, and found by their sources: Triton need not even read them, which would be most of a second process' work.
+`nsa_jax/`, and found by their sources: Triton need not make its first code of them, most of a second process's work.
 """
 
 import dataclasses
@@ -43,7 +43,10 @@ def install(triton_lib) -> None:
 
 def _key(kernel, spec, gpu_target, options) -> str:
     """What the PTX depends on. Triton's own key of a kernel leaves out plain functions, which run while it compiles."""
-    parts = (*_versions(), _sources(), kernel.cache_key, repr(spec), repr(gpu_target), options.hash())
+    from triton.runtime.jit import get_cache_invalidating_env_vars
+
+    switches = repr(sorted(get_cache_invalidating_env_vars().items()))
+    parts = (*_versions(), _sources(), switches, kernel.cache_key, repr(spec), repr(gpu_target), options.hash())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -286,9 +286,12 @@ def _compile(kernel, arrays, outputs, programs, warps, stages, flops, registers,
 
 
 def _compile_alone(call, structs) -> None:
-    """Compiles a launch by itself. XLA keeps ptxas' part, and so does not do it again in the program that launches."""
+    """Compiles a launch by itself. XLA keeps ptxas' part, and so does not do it again in the program that launches.
+
+    Whether there will be such a program is not known here: a function that is only exported pays for it too.
+    """
     lowered = jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",))
-    if jax.default_backend() == "gpu":
+    if jax.default_backend() == "gpu" and compute_capability() == _gpu_capability():
         with compile_ahead.aside():
             lowered.compile()
 
@@ -307,9 +310,17 @@ def _descriptor(tiled: Tiled):
     )  # fmt: skip
 
 
-@functools.cache
+_setup_lock = threading.Lock()
+
+
 def _jax_triton():
     """jax_triton that knows Gluon, compiles side by side, keeps kernels on disk, and says why CPUs have none."""
+    with _setup_lock:  # what is changed in it is changed once, whichever thread is first
+        return _set_up()
+
+
+@functools.cache
+def _set_up():
     import jax_triton
     from jax_triton import triton_lib
 

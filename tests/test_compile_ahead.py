@@ -48,18 +48,23 @@ def test_one_at_a_time_but_for_what_is_aside():
     assert not failed
 
 
-def test_turns_go_on_after_an_error_aside():
-    compiled = []
+def test_an_error_aside_takes_the_turn_again(monkeypatch):
+    monkeypatch.setattr(compile_ahead.os, "cpu_count", lambda: 1)
+    turns = []
 
-    def compile_kernel(key):
-        with compile_ahead.aside():
-            compiled.append(key)
-            raise RuntimeError("no such register")
+    def compile_kernel():
+        try:
+            with compile_ahead.aside():
+                turns.append(compile_ahead._turn.locked())
+                raise RuntimeError("no such register")
+        finally:
+            turns.append(compile_ahead._turn.locked())
 
-    for key in range(3):
-        compile_ahead.note(key, lambda key=key: compile_kernel(key))
+    for key in range(2):
+        compile_ahead.note(key, compile_kernel)
     compile_ahead.finish()
-    assert sorted(compiled) == [0, 1, 2]
+    assert turns == [False, True, False, True]
+    assert not compile_ahead._turn.locked()
 
 
 def test_aside_is_nothing_where_nothing_is_compiled_ahead():

@@ -1,6 +1,7 @@
 """Triton's kernels kept on disk: compiled once, found by the next process, made anew where a file is broken."""
 
 import dataclasses
+import shutil
 import types
 
 import jax
@@ -84,9 +85,27 @@ def test_kernels_and_architectures_are_told_apart(folder, other):
     assert process.compiled == ["a", other.get("source", "a")]
 
 
-def test_changed_source(folder, monkeypatch):
+@pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/hopper_pairs.py", "gluon.py"])
+def test_changed_source(folder, monkeypatch, changed):
     Process()("a")
-    monkeypatch.setattr(kernel_cache, "_sources", lambda: "other")
+    copied = shutil.copytree(kernel_cache.kernels.__path__[0], folder / "kernels")
+    shutil.copy(kernel_cache.gluon.__file__, folder / "gluon.py")
+    if changed:
+        with (folder / changed).open("a") as file:
+            file.write("\n")
+    monkeypatch.setattr(kernel_cache.kernels, "__path__", [str(copied)])
+    monkeypatch.setattr(kernel_cache.gluon, "__file__", str(folder / "gluon.py"))
+    kernel_cache._sources.cache_clear()
+    process = Process()
+    process("a")
+    monkeypatch.undo()
+    kernel_cache._sources.cache_clear()
+    assert process.compiled == (["a"] if changed else [])
+
+
+def test_switches_of_the_compiler(folder, monkeypatch):
+    Process()("a")
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     process = Process()
     process("a")
     assert process.compiled == ["a"]

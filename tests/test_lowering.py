@@ -99,6 +99,24 @@ def test_triton_on_a_cpu_says_what_is_missing():
     assert "implementation='xla'" in message
 
 
+SET_UP_BY_THREADS = """
+import threading
+from nsa_jax import compile_ahead, launch
+install, done = compile_ahead.install, []
+compile_ahead.install = lambda library: (install(library), done.append(library))
+threads = [threading.Thread(target=launch._jax_triton) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(done))
+"""
+
+
+def test_jax_triton_is_set_up_once_whichever_thread_is_first():
+    assert int(script("-c", SET_UP_BY_THREADS)) == 1
+
+
 def test_import_leaves_triton_alone():
     imported = script("-c", "import sys, nsa_jax; print(*sys.modules)").split()
     assert "nsa_jax" in imported
