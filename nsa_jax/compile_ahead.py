@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 _lock = threading.Lock()
 _turn = threading.Lock()  # among the threads that compile: who is not in a compiler
 _noted: dict[Hashable, Callable[[], object]] = {}
+_known: set[Hashable] = set()  # of those that were noted and are so no longer
 _thread = threading.local()
 
 
@@ -31,12 +32,13 @@ def note(key: Hashable, compile_kernel: Callable[[], object]) -> None:
     """Makes a kernel known.
 
     Args:
-        key: what the result depends on; of two with the same key one is compiled.
+        key: what the result depends on; of those with the same key one is compiled, once in the life of the process.
         compile_kernel: compiles it, leaving the result where its launch will find it.
     """
     if not _works():
         with _lock:
-            _noted[key] = compile_kernel
+            if key not in _known:
+                _noted[key] = compile_kernel
 
 
 def finish() -> None:
@@ -48,6 +50,7 @@ def finish() -> None:
         return
     with _lock:
         waiting = list(_noted.values())
+        _known.update(_noted)
         _noted.clear()
     if len(waiting) < 2:  # the launch itself is as quick
         return

@@ -11,6 +11,7 @@ from nsa_jax import compile_ahead
 @pytest.fixture(autouse=True)
 def nothing_noted(monkeypatch):
     monkeypatch.setattr(compile_ahead, "_noted", {})
+    monkeypatch.setattr(compile_ahead, "_known", set())
     monkeypatch.setattr(compile_ahead.os, "cpu_count", lambda: 4)
 
 
@@ -72,13 +73,13 @@ def test_aside_is_nothing_where_nothing_is_compiled_ahead():
         pass
 
 
-def test_once_each():
+def test_once_in_the_life_of_the_process():
     compiled = []
-    for key in ("a", "b", "a"):
-        compile_ahead.note(key, lambda key=key: compiled.append(key))
-    compile_ahead.finish()
-    compile_ahead.finish()
-    assert sorted(compiled) == ["a", "b"]
+    for keys in (("a", "b", "a"), ("b", "a"), ("b", "c", "d")):
+        for key in keys:
+            compile_ahead.note(key, lambda key=key: compiled.append(key))
+        compile_ahead.finish()
+    assert sorted(compiled) == ["a", "b", "c", "d"]
 
 
 def test_one_alone_is_left_to_its_launch():
