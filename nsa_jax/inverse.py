@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax.segments import Blocks
+from nsa_jax.segments import Blocks, places
 from nsa_jax.walk import NOWHERE, Walks
 
 Array = jax.Array
@@ -70,7 +70,7 @@ def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: i
     buckets, choosers = jax.lax.sort(
         (bucket.reshape(-1), (2 * token + (walks.members & 1)).reshape(-1)), num_keys=1, is_stable=True
     )
-    bounds = _places(buckets, jnp.arange(B * H * M * R + 1, dtype=jnp.int32), "left")
+    bounds = places(buckets, jnp.arange(B * H * M * R + 1, dtype=jnp.int32), "left")
     first, counts = (x.reshape(B, H, M, R) for x in (bounds[:-1], jnp.diff(bounds)))
 
     is_real = jnp.arange(M, dtype=jnp.int32)[None, :] < blocks.count[:, None]
@@ -86,7 +86,7 @@ def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: i
 
     ends = jnp.cumsum(by_stretch(items), axis=2, dtype=jnp.int32)
     item = jnp.arange(M + more_items(T, S, block_size, chunk, stretch), dtype=jnp.int32)
-    find = jax.vmap(jax.vmap(lambda ends: _places(ends, item, "right")))
+    find = jax.vmap(jax.vmap(lambda ends: places(ends, item, "right")))
     pair = jnp.minimum(find(ends), R * M - 1)
 
     def of_item(x):
@@ -104,11 +104,6 @@ def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: i
         total=ends[..., -1],
         further=further,
     )
-
-
-def _places(ascending: Array, values: Array, side: str) -> Array:
-    """int32, where values would be put; unrolled, since each turn of a loop would be two launches on a GPU."""
-    return jnp.searchsorted(ascending, values, side=side, method="scan_unrolled").astype(jnp.int32)
 
 
 def more_items(length: int, picks: int, block_size: int, chunk: int, stretch: int) -> int:

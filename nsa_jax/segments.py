@@ -162,6 +162,11 @@ def clear_empty_slots(x: Array, windows: Intervals) -> Array:
     return jnp.where(full, x, jnp.zeros((), x.dtype))
 
 
+def places(ascending: Array, values: Array, side: str) -> Array:
+    """int32, where values would be put; unrolled, since each turn of a loop would be two launches on a GPU."""
+    return jnp.searchsorted(ascending, values, side=side, method="scan_unrolled").astype(jnp.int32)
+
+
 def segment_ids_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
     """Cumulative sequence lengths, as varlen attention in PyTorch takes them, to segment ids.
 
@@ -186,5 +191,5 @@ def segment_ids_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
         raise ValueError(f"length: expected a positive int, got {length!r}")
     ends = cu_seqlens.astype(jnp.int32).reshape(-1, cu_seqlens.shape[-1])
     index = jnp.arange(length, dtype=jnp.int32)
-    number = jax.vmap(lambda row: jnp.searchsorted(row, index, side="right").astype(jnp.int32))(ends) - 1
+    number = jax.vmap(lambda row: places(row, index, "right"))(ends) - 1
     return jnp.where(index[None, :] < ends[:, -1:], number, -1)
