@@ -1,7 +1,7 @@
 """Lowers and compiles every op, forward and backward, for one NVIDIA architecture on a host that needs no GPU.
 
-A script, run by test_lowering.py in a process of its own, since Triton's interpreter must be off. It prints JSON: the
-facts about each op and width. To add an op, add a row to OPS.
+A script, run by test_lowering.py in a process of its own (`script`), since Triton's interpreter must be off. It prints
+JSON: the facts about each op and width. To add an op, add a row to OPS.
 """
 
 import json
@@ -18,6 +18,23 @@ import jax.numpy as jnp
 
 B, T, N, H, BLOCK = 1, 262144, 16, 1, 64
 WIDTHS = ((64, 64), (128, 128), (192, 128))
+
+
+def script(*arguments, **environment):
+    """The standard output of a Python process on the CPU, in which Triton compiles and does not interpret."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=pathlib.Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "leaked" not in done.stderr  # a word of nanobind's on Gluon's compiler
+    return done.stdout
 
 
 def struct(*shape, dtype=jnp.bfloat16):

@@ -5,9 +5,9 @@ import shutil
 import types
 
 import jax
+import lowering
 import pytest
 from jax_triton.triton_lib import CompilationResult, TensorDescMeta
-from test_lowering import script
 
 from nsa_jax import kernel_cache
 
@@ -165,8 +165,8 @@ print(jax.jit(attend).trace(query, key).lower(lowering_platforms=("cuda",)).as_t
 @pytest.mark.parametrize("capability", ["80", "90"])  # a kernel in Triton's language, one in Gluon
 def test_another_process_lowers_the_same_program(tmp_path, capability):
     environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "NSA_JAX_COMPUTE_CAPABILITY": capability}
-    made = script("-c", LOWERED, **environment)
+    made = lowering.script("-c", LOWERED, **environment)
     assert "triton_kernel_call" in made
-    assert script("-c", LOWERED, "found", **environment) == made
+    assert lowering.script("-c", LOWERED, "found", **environment) == made
     with pytest.raises(AssertionError, match="'NoneType' object is not callable"):
-        script("-c", LOWERED, "found", **environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")})
+        lowering.script("-c", LOWERED, "found", **environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")})

@@ -1,29 +1,11 @@
 """What the ops become for NVIDIA GPUs, on a host that needs none: see lowering.py."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import lowering
 import pytest
 
 from nsa_jax.tiling import SHARED_MEMORY
-
-FOLDER = pathlib.Path(__file__).parent
-
-
-def script(*arguments, **environment):
-    """The standard output of a Python process on the CPU, in which Triton compiles and does not interpret."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=FOLDER, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "leaked" not in done.stderr  # a word of nanobind's on Gluon's compiler
-    return done.stdout
 
 
 # native_sparse_attention has every kernel there is, so the ops by themselves need one architecture
@@ -33,7 +15,7 @@ def script(*arguments, **environment):
     + [(capability, ["native_sparse_attention"]) for capability in (80, 89, 90, 100, 120)],
 )
 def test_forward_and_backward_compile(capability, names):
-    facts = json.loads(script("lowering.py", str(capability), *names))
+    facts = json.loads(lowering.script("lowering.py", str(capability), *names))
 
     assert set(facts["ops"]) == {f"{name} {K}/{V}" for name in names for K, V in lowering.WIDTHS}
     for name, op in facts["ops"].items():
@@ -69,7 +51,7 @@ def test_forward_and_backward_compile(capability, names):
 
 
 def test_transformations():
-    facts = json.loads(script("lowering_transforms.py", NSA_JAX_COMPUTE_CAPABILITY="90"))
+    facts = json.loads(lowering.script("lowering_transforms.py", NSA_JAX_COMPUTE_CAPABILITY="90"))
     kernels = {name: count for name, (count, _) in facts.items()}
     assert kernels["jit"] == kernels["shard_map"] == kernels["vmap"] == kernels["layer"] > 0
     assert 0 < kernels["scan and remat"] < kernels["jit"]  # keys and values need no gradient
@@ -94,7 +76,7 @@ except RuntimeError as error:
 
 
 def test_triton_on_a_cpu_says_what_is_missing():
-    message = script("-c", PLACED_ON_A_CPU)
+    message = lowering.script("-c", PLACED_ON_A_CPU)
     assert "placed on a CPU" in message
     assert "implementation='xla'" in message
 
@@ -114,10 +96,10 @@ print(len(done))
 
 
 def test_jax_triton_is_set_up_once_whichever_thread_is_first():
-    assert int(script("-c", SET_UP_BY_THREADS)) == 1
+    assert int(lowering.script("-c", SET_UP_BY_THREADS)) == 1
 
 
 def test_import_leaves_triton_alone():
-    imported = script("-c", "import sys, nsa_jax; print(*sys.modules)").split()
+    imported = lowering.script("-c", "import sys, nsa_jax; print(*sys.modules)").split()
     assert "nsa_jax" in imported
     assert not {"triton", "jax_triton", "flax"} & set(imported)
