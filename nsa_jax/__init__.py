@@ -2,7 +2,8 @@
 
 Letters in shapes:
     B: rows of the batch.
-    T: tokens in a row.
+    T: tokens in a key row.
+    Tq: queries in a row; T of them unless query_indices say where they stand.
     N: query heads.
     H: key and value heads, a divisor of N.
     G: query heads that share a key head, N // H.
@@ -14,14 +15,18 @@ Letters in shapes:
 Everything is relative to a segment: a maximal run of equal `segment_ids` in a row. Negative ids are padding.
 """
 
+from importlib.metadata import version as _version
+
 from nsa_jax.attention import native_sparse_attention
-from nsa_jax.compressed import compressed_attention
+from nsa_jax.block_selection import select_blocks
+from nsa_jax.checkpoint_names import CHECKPOINT_NAMES
+from nsa_jax.compressed_branch import compressed_attention
 from nsa_jax.compression import compress, gather_windows
-from nsa_jax.residuals import CHECKPOINT_NAMES
-from nsa_jax.segments import segment_ids_from_cu_seqlens
-from nsa_jax.selected import selected_attention
-from nsa_jax.selection import select_blocks
-from nsa_jax.sliding import sliding_window_attention
+from nsa_jax.rows.segments import segment_ids_from_cu_seqlens
+from nsa_jax.selected_branch import selected_attention
+from nsa_jax.sliding_branch import sliding_window_attention
+
+__version__ = _version("nsa-jax")
 
 __all__ = [
     "CHECKPOINT_NAMES",

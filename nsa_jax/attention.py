@@ -1,10 +1,14 @@
 """Native Sparse Attention: the compressed, selected and sliding branches, gated and added."""
 
-import jax
-import jax.numpy as jnp
+from typing import Literal
 
-from nsa_jax import checks, fused, reference, segments
+import jax
+
+from nsa_jax import branches, checks, reference
+from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
+from nsa_jax.rows.queries import Row, locate
+from nsa_jax.rows.segments import clear_padding
 
 Array = jax.Array
 
@@ -14,9 +18,9 @@ def native_sparse_attention(
     key: Array,
     value: Array,
     *,
-    compressed_gate: Array | None = None,
-    selected_gate: Array | None = None,
-    sliding_gate: Array | None = None,
+    compressed_gate: Array | float | None = None,
+    selected_gate: Array | float | None = None,
+    sliding_gate: Array | float | None = None,
     block_indices: Array | None = None,
     block_counts: int | Array = 16,
     block_size: int = 64,
@@ -30,20 +34,21 @@ def native_sparse_attention(
     max_block_count: int | None = None,
     scale: float | None = None,
     segment_ids: Array | None = None,
-    implementation: str | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """Causal attention through three gated branches: compressed keys, selected blocks of keys, and a sliding window.
 
     Source: Yuan et al. 2025, arXiv 2502.11089, equations 5 to 12.
 
     Args:
-        query: [B, T, N, K], bfloat16, float16 or float32.
+        query: [B, Tq, N, K], bfloat16, float16 or float32.
         key: [B, T, H, K], of query's dtype; N is a multiple of H.
         value: [B, T, H, V], of query's dtype.
-        compressed_gate, selected_gate, sliding_gate: [B, T, N], of a float dtype; None drops the branch.
-        block_indices: integers [B, T, H, S], the blocks to attend to, see `selected_attention`; None selects them by
+        compressed_gate, selected_gate, sliding_gate: [B, Tq, N], of a float dtype, or a number; None drops the branch.
+        block_indices: integers [B, Tq, H, S], the blocks to attend to, see `selected_attention`; None selects them by
             the compressed probabilities, see `select_blocks`.
-        block_counts: blocks per query, an int or integers [B, T, H]. Of given block_indices the first block_counts
+        block_counts: blocks per query, an int or integers [B, Tq, H]. Of given block_indices the first block_counts
             count.
         block_size: tokens in a block, a power of two from 16 to 128.
         window_size: tokens the sliding branch sees, the query's own included; 0 drops the branch.
@@ -55,25 +60,34 @@ def native_sparse_attention(
         num_init_blocks: first blocks of the segment that are always selected.
         num_local_blocks: last blocks that are always selected, the query's own included.
         max_block_count: the most blocks a query can select, where block_counts is an array; what it counts beyond is
-            cut.
-            Unless given the number of blocks in T tokens: give it where T is large, since memory grows with it.
+            cut. Unless given the number of blocks in T tokens: give it where T is large, since memory grows with it.
         scale: factor on the scores, K ** -0.5 unless given.
         segment_ids: integers [B, T]; everything is relative to a run of equal ids, negative ids are padding. May change
             at every call without a new compilation. None: every row is one segment.
+        query_indices: integers [B, Tq], where in its key row each query stands: it sees what the token there would see.
+            Any order, repeats allowed; fast where neighbouring queries stand side by side. Outside of 0 .. T - 1: the
+            query is padding. None: Tq is T, and query i stands at token i.
         implementation: "triton", "xla" (plain jnp, any device), or None for Triton on an NVIDIA GPU and jnp elsewhere.
 
     Returns:
-        [B, T, N, V] in query's dtype: compressed_gate * compressed + selected_gate * selected + sliding_gate * sliding.
+        [B, Tq, N, V] in query's dtype: the sum of gate * output over the three branches.
+        A query at padding gets 0. One that sees a value that is not finite gets NaN, and no other does.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, value or dtype, or no gate is given.
         ImportError: implementation is "triton", and Triton or jax-triton is not installed.
     """
-    checks.attention_arrays(query, key, value)
-    gates = fused.Gates(compressed_gate, selected_gate, sliding_gate)
-    for name, gate in gates._asdict().items():
-        if gate is not None:
-            checks.gate(f"{name}_gate", gate, query)
+    checks.attention_arrays(query, key, value, checks.query_length(query, query_indices))
+    gates = PerBranch(
+        *(
+            None if gate is None else checks.gate(name, gate, query)
+            for name, gate in (
+                ("compressed_gate", compressed_gate),
+                ("selected_gate", selected_gate),
+                ("sliding_gate", sliding_gate),
+            )
+        )
+    )
     if all(gate is None for gate in gates):
         raise ValueError(
             "compressed_gate, selected_gate, sliding_gate: expected at least one gate, got None for all three"
@@ -90,9 +104,10 @@ def native_sparse_attention(
         raise ValueError(f"compressed_{lacking}: expected an array, as compressed_{given} is given, got None")
     num_init_blocks, num_local_blocks = checks.forced_blocks(num_init_blocks, num_local_blocks)
     block_counts = checks.block_counts(block_counts, query, key)
+    num_blocks = -(-key.shape[1] // block_size)
     if max_block_count is None:
-        max_block_count = block_counts if isinstance(block_counts, int) else -(-query.shape[1] // block_size)
-    config = fused.Config(
+        max_block_count = block_counts if isinstance(block_counts, int) else num_blocks
+    config = Config(
         scale=checks.scale(scale, query),
         block_size=block_size,
         window_size=checks.window_size(window_size),
@@ -100,52 +115,84 @@ def native_sparse_attention(
         stride=stride,
         num_init_blocks=num_init_blocks,
         num_local_blocks=num_local_blocks,
-        max_block_count=checks.max_block_count(max_block_count),
+        max_block_count=min(checks.max_block_count(max_block_count), num_blocks),
     )
-    segment_ids = checks.segment_ids(segment_ids, query)
+    segment_ids = checks.segment_ids(segment_ids, *key.shape[:2])
+    query_indices = checks.query_indices(query_indices, query)
     if block_indices is not None:
         block_indices = checks.block_indices(block_indices, query, key)
+    if compressed_key is not None:
+        checks.attention_arrays(query, compressed_key, compressed_value, key.shape[1] // stride, prefix="compressed_")
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
-    gates = jax.tree.map(lambda gate: segments.clear_padding(gate, segment_ids), gates)
-
     if gates.compressed is None and (gates.selected is None or block_indices is not None):
         compressed_key = compressed_value = None
     elif compressed_key is None:
         compressed_key, compressed_value = (
             compress(x, window=window, stride=stride, segment_ids=segment_ids) for x in (key, value)
         )
-    else:
-        checks.attention_arrays(query, compressed_key, compressed_value, prefix="compressed_", stride=stride)
 
-    arrays = fused.Arrays(query, key, value, compressed_key, compressed_value)
-    routing = fused.Routing(segment_ids, block_indices, jnp.asarray(block_counts, jnp.int32))
-    run = fused.attend if checks.resolve_implementation(implementation) == "triton" else _xla
-    return segments.clear_padding(run(config, arrays, gates, routing), segment_ids)
+    arrays = Arrays(query, key, value, compressed_key, compressed_value)
+    routing = Routing(segment_ids, query_indices, block_indices, checks.as_int32(block_counts))
+    return _attend(config, checks.resolve_implementation(implementation), arrays, gates, routing)
 
 
-def _xla(config: fused.Config, arrays: fused.Arrays, gates: fused.Gates, routing: fused.Routing) -> Array:
-    query, key, value, compressed_key, compressed_value = arrays
-    segment_ids, block_indices, block_counts = routing
-    common = {"scale": config.scale, "segment_ids": segment_ids}
-    outputs = fused.Gates(None, None, None)
-    if compressed_key is not None:
-        windows = {"window": config.window, "stride": config.stride}
-        output, lse = reference.compressed_attention(query, compressed_key, compressed_value, **windows, **common)
-        outputs = outputs._replace(compressed=output)
-        if gates.selected is not None and block_indices is None:
-            block_indices = reference.select_blocks(
-                query, compressed_key, lse,
-                block_counts=block_counts, max_block_count=config.max_block_count, block_size=config.block_size,
-                num_init_blocks=config.num_init_blocks, num_local_blocks=config.num_local_blocks, **windows, **common,
-            )  # fmt: skip
-            block_counts = None
-    if gates.selected is not None:
-        output, _ = reference.selected_attention(
-            query, key, value, block_indices, block_counts=block_counts, block_size=config.block_size, **common
+def _attend(config: Config, implementation: str, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
+    """`native_sparse_attention` of checked arguments."""
+    row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
+    if row.packed or row.sliced:
+        gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)
+    if implementation == "triton":
+        from nsa_jax.gpu import whole
+
+        return whole.attend(config, arrays, gates, routing)
+    outputs, _ = branches.run(_Reference(config, arrays, routing, row), arrays, gates, routing)
+    return branches.gated_sum(gates, outputs, arrays.query, arrays.value)
+
+
+class _Reference:
+    """The branches in jnp, see `branches.Implementation`."""
+
+    def __init__(self, config: Config, arrays: Arrays, routing: Routing, row: Row):
+        self.config, self.arrays, self.routing, self.row = config, arrays, routing, row
+        self.windows = {"window": config.window, "stride": config.stride, "scale": config.scale}
+
+    def compressed(self) -> tuple[Array, Array]:
+        query, _, _, key, value = self.arrays
+        return reference.compressed_attention(query, key, value, self.row, **self.windows)
+
+    def select(self, lse: Array) -> Array:
+        query, _, _, key, _ = self.arrays
+        config = self.config
+        return reference.select_blocks(
+            query,
+            key,
+            lse,
+            self.row,
+            block_counts=self.routing.block_counts,
+            max_block_count=config.max_block_count,
+            block_size=config.block_size,
+            num_init_blocks=config.num_init_blocks,
+            num_local_blocks=config.num_local_blocks,
+            **self.windows,
         )
-        outputs = outputs._replace(selected=output)
-    if gates.sliding is not None:
-        output, _ = reference.sliding_window_attention(query, key, value, window_size=config.window_size, **common)
-        outputs = outputs._replace(sliding=output)
-    return fused.gated_sum(gates, outputs, query, value)
+
+    def selected(self, block_indices: Array, block_counts: Array | None, lse: Array | None) -> tuple[Array, Array]:
+        query, key, value, _, _ = self.arrays
+        return reference.selected_attention(
+            query,
+            key,
+            value,
+            self.row,
+            block_indices,
+            block_counts=block_counts,
+            block_size=self.config.block_size,
+            scale=self.config.scale,
+            unclean=None if lse is None else branches.tainted(lse, key.shape[2]),
+        )
+
+    def sliding(self, outputs: PerBranch) -> tuple[Array, Array]:
+        query, key, value, _, _ = self.arrays
+        return reference.sliding_window_attention(
+            query, key, value, self.row, window_size=self.config.window_size, scale=self.config.scale
+        )

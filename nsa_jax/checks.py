@@ -6,6 +6,7 @@ docstring.
 
 import math
 import numbers
+import reprlib
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +18,32 @@ Array = jax.Array
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 MOST_WIDTH = 256
+MOST_TEXT = 120  # characters of a value in a message
 BLOCK_SIZES = (16, 32, 64, 128)
 IMPLEMENTATIONS = (None, "triton", "xla")
 
 
-def attention_arrays(query: Array, key: Array, value: Array | None, *, prefix: str = "", stride: int = 1) -> None:
-    """Query [B, T, N, K], key [B, T // stride, H, K], value [B, T // stride, H, V], one float dtype, N a multiple of H.
+def attention_arrays(query: Array, key: Array, value: Array | None, keys: int | str, *, prefix: str = "") -> None:
+    """Query [B, Tq, N, K], key [B, C, H, K], value [B, C, H, V], one float dtype, N a multiple of H.
 
     Args:
         query, key, value: the arrays; value None where the op takes none.
+        keys: C, or a letter where there may be any number of keys but 0.
         prefix: of the names "key" and "value" in messages.
-        stride: tokens from one key to the next.
     """
-    _shape("query", query, ("B", "T", "N", "K"))
-    B, T, N, K = query.shape
-    if T < 1 or N < 1:
+    _shape("query", query, ("B", "Tq", "N", "K"))
+    B, Tq, N, K = query.shape
+    if Tq < 1 or N < 1:
         raise ValueError(f"query: expected at least one token and one head, got {list(query.shape)}")
     _width("query", query, "K")
-    _shape(f"{prefix}key", key, (B, T // stride, "H", K))
-    H = key.shape[2]
+    _shape(f"{prefix}key", key, (B, keys, "H", K))
+    C, H = key.shape[1:3]
+    if isinstance(keys, str) and C < 1:
+        raise ValueError(f"{prefix}key: expected at least one token, got {list(key.shape)}")
     if H < 1 or N % H:
         raise ValueError(f"query: expected N heads, a multiple of the H = {H} heads of {prefix}key, got N = {N}")
     if value is not None:
-        _shape(f"{prefix}value", value, (B, T // stride, H, "V"))
+        _shape(f"{prefix}value", value, (B, C, H, "V"))
         _width(f"{prefix}value", value, "V")
     _float("query", query)
     for name, array in ((f"{prefix}key", key), (f"{prefix}value", value)):
@@ -47,41 +51,109 @@ def attention_arrays(query: Array, key: Array, value: Array | None, *, prefix: s
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {array.dtype}")
 
 
-def gate(name: str, array: Array, query: Array) -> None:
-    """A gate [B, T, N] of a float dtype."""
-    _shape(name, array, query.shape[:3])
-    _float(name, array)
+def query_length(query: Array, query_indices: Array | None) -> int | str:
+    """How many keys a row has for all that the queries tell: Tq where each stands at a token, else any number."""
+    _shape("query", query, ("B", "Tq", "N", "K"))
+    return query.shape[1] if query_indices is None else "T"
+
+
+def key_length(length: int | None, query: Array, query_indices: Array | None, segment_ids: Array | None) -> int:
+    """T, the tokens of the key row, where an op is not given the key row itself."""
+    _shape("query", query, ("B", "Tq", "N", "K"))
+    if query_indices is None:
+        known, why = query.shape[1], "as many as queries, which stand at one token each without query_indices"
+    elif segment_ids is not None:
+        _shape("segment_ids", segment_ids, (query.shape[0], "T"))
+        known, why = segment_ids.shape[1], "as many as segment_ids"
+    else:
+        known, why = None, ""
+    if length is None:
+        if known is None:
+            raise ValueError("key_length: expected the tokens of the key row, as query_indices are given, got None")
+        return known
+    length = integer("key_length", length, 1)
+    if known is not None and length != known:
+        raise ValueError(f"key_length: expected {known}, {why}, got {length}")
+    return length
+
+
+def query_indices(array: Array | None, query: Array) -> Array | None:
+    """Query indices [B, Tq] as int32, or None."""
+    return None if array is None else _integers("query_indices", array, query.shape[:2])
+
+
+def gate(name: str, value: Array | float, query: Array) -> Array:
+    """A gate [B, Tq, N] of a float dtype; of a number an array that holds it everywhere."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return jnp.full(query.shape[:3], float(value), jnp.float32)
+    _shape(name, value, query.shape[:3], "an array, a Python number or None")
+    _float(name, value)
+    return jnp.asarray(value)
 
 
 def lse(array: Array, query: Array) -> None:
-    """A log-sum-exp, float32 [B, T, N]."""
+    """A log-sum-exp, float32 [B, Tq, N]."""
     _shape("lse", array, query.shape[:3])
     if array.dtype != jnp.float32:
         raise TypeError(f"lse: expected dtype float32, got {array.dtype}")
 
 
-def segment_ids(array: Array | None, query: Array) -> Array | None:
-    """Segment ids [B, T] as int32, or None."""
-    return None if array is None else _integers("segment_ids", array, query.shape[:2])
+def segment_ids(array: Array | None, batch: int, length: int) -> Array | None:
+    """Segment ids [B, T] as int32 in which the same tokens begin a segment and the same are padding, or None.
+
+    Ids of other dtypes are numbered anew, since what int32 can't hold must not become equal, or negative.
+    """
+    if array is None:
+        return None
+    array = _integer_array("segment_ids", array, (batch, length))
+    xp = np if isinstance(array, np.ndarray) else jnp
+    if not np.can_cast(array.dtype, np.int32):
+        changes = array[:, 1:] != array[:, :-1]
+        number = xp.pad(xp.cumsum(changes, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+        array = xp.where(array < xp.zeros((), array.dtype), np.int32(-1), number)
+    return jnp.asarray(array, jnp.int32)
 
 
 def block_indices(array: Array, query: Array, key: Array) -> Array:
-    """Block indices [B, T, H, S] as int32."""
+    """Block indices [B, Tq, H, S] as int32."""
     return _integers("block_indices", array, (*query.shape[:2], key.shape[2], "S"))
 
 
 def block_counts(counts: int | Array, query: Array, key: Array) -> int | Array:
-    """Block counts, an int >= 0, or [B, T, H] as int32."""
+    """Block counts, an int >= 0, or [B, Tq, H] as int32."""
     if isinstance(counts, numbers.Integral):
-        return _integer("block_counts", counts, 0)
-    return _integers("block_counts", counts, (*query.shape[:2], key.shape[2]))
+        return integer("block_counts", counts, 0)
+    return _integers("block_counts", counts, (*query.shape[:2], key.shape[2]), "an int or an array")
+
+
+def as_int32(counts: int | Array) -> Array:
+    """Checked block counts as an int32 array; a number that int32 can't hold means all blocks anyway."""
+    return jnp.asarray(min(counts, 2**31 - 1) if isinstance(counts, int) else counts, jnp.int32)
+
+
+def cu_seqlens(array: Array) -> Array:
+    """Cumulative lengths [n + 1] or [B, n + 1] as int32."""
+    _is_array("cu_seqlens", array)
+    if array.ndim not in (1, 2) or array.shape[-1] < 1:
+        raise ValueError(f"cu_seqlens: expected shape [n + 1] or [B, n + 1], got {list(array.shape)}")
+    return _integers("cu_seqlens", array, array.shape)
+
+
+def tokens(name: str, x: Array) -> None:
+    """x [B, T, H, D] of a float dtype, with at least one token."""
+    _shape(name, x, ("B", "T", "H", "D"))
+    _float(name, x)
+    if x.shape[1] < 1:
+        raise ValueError(f"{name}: expected at least one token, got {list(x.shape)}")
 
 
 def block_size(size: int) -> int:
     """A power of two from 16 to 128."""
-    size = _integer("block_size", size, 1)
+    size = integer("block_size", size, 1)
     if size not in BLOCK_SIZES:
-        raise ValueError(f"block_size: expected a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, got {size}")
+        raise ValueError(
+            f"block_size: expected a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, got {_short(size)}"
+        )
     return size
 
 
@@ -95,7 +167,7 @@ def windows(
         block_size: in tokens, already checked; None where the op takes none.
         names: of the two arguments, in messages.
     """
-    window, stride = _integer(names[0], window, 1), _integer(names[1], stride, 1)
+    window, stride = integer(names[0], window, 1), integer(names[1], stride, 1)
     if window % stride:
         raise ValueError(f"{names[1]}: expected a divisor of {names[0]} = {window}, got {stride}")
     if block_size is not None and block_size % stride:
@@ -107,17 +179,17 @@ def windows(
 
 def window_size(size: int) -> int:
     """Tokens a query sees in the sliding branch, its own included; 0 drops the branch."""
-    return _integer("window_size", size, 0)
+    return integer("window_size", size, 0)
 
 
 def forced_blocks(num_init_blocks: int, num_local_blocks: int) -> tuple[int, int]:
     """Blocks always taken: any number of first ones, and at least the query's own."""
-    return _integer("num_init_blocks", num_init_blocks, 0), _integer("num_local_blocks", num_local_blocks, 1)
+    return integer("num_init_blocks", num_init_blocks, 0), integer("num_local_blocks", num_local_blocks, 1)
 
 
 def max_block_count(count: int) -> int:
     """S, the most blocks a query selects."""
-    return _integer("max_block_count", count, 0)
+    return integer("max_block_count", count, 0)
 
 
 def scale(factor: float | None, query: Array) -> float:
@@ -129,9 +201,13 @@ def scale(factor: float | None, query: Array) -> float:
             f"scale: expected a Python number or None, got {_kind(factor)};"
             " the kernels take it at compile time, so multiply query by a traced scale instead"
         )
-    if not math.isfinite(factor):
-        raise ValueError(f"scale: expected a finite number, got {factor}")
-    return float(factor)
+    try:
+        number = float(factor)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"scale: expected a finite number, got {_short(factor)}")
+    return number
 
 
 def resolve_implementation(implementation: str | None) -> str:
@@ -142,7 +218,7 @@ def resolve_implementation(implementation: str | None) -> str:
         ImportError: "triton" was asked for, and Triton or jax-triton is not installed.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected None, 'triton' or 'xla', got {implementation!r}")
+        raise ValueError(f"implementation: expected None, 'triton' or 'xla', got {_short(implementation)}")
     missing = launch.triton_missing()
     if implementation == "triton" and missing:
         raise ImportError(f"implementation='triton': {missing}")
@@ -151,21 +227,41 @@ def resolve_implementation(implementation: str | None) -> str:
     return implementation
 
 
+def integer(name: str, value: int, least: int) -> int:
+    """A Python or NumPy integer of at least `least`, as an int."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {_kind(value)}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {_short(value)}")
+    return int(value)
+
+
+def _short(value) -> str:
+    """The value as text of a length that a message can hold."""
+    text = reprlib.repr(value)
+    return text if len(text) <= MOST_TEXT else text[: MOST_TEXT - 3] + "..."
+
+
 def _kind(value) -> str:
+    kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array {value.dtype}{list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+        return f"{kind} of {value.dtype}{_short(list(value.shape))}"
+    return f"{_short(value)} ({kind})"
 
 
-def _shape(name: str, array: Array, expected: tuple[int | str, ...]) -> None:
-    """`expected` holds a size, or a letter where any size will do, per axis."""
+def _is_array(name: str, array: Array, expected: str = "an array") -> None:
     if not isinstance(array, jax.Array | np.ndarray):
-        raise TypeError(f"{name}: expected an array, got {_kind(array)}")
-    matches = array.ndim == len(expected) and all(
-        isinstance(size, str) or size == got for size, got in zip(expected, array.shape, strict=True)
+        raise TypeError(f"{name}: expected {expected} of JAX or NumPy, got {_kind(array)}")
+
+
+def _shape(name: str, array: Array, shape: tuple[int | str, ...], expected: str = "an array") -> None:
+    """`shape` holds a size, or a letter where any size will do, per axis."""
+    _is_array(name, array, expected)
+    matches = array.ndim == len(shape) and all(
+        isinstance(size, str) or size == got for size, got in zip(shape, array.shape, strict=True)
     )
     if not matches:
-        raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(array.shape)}")
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {_short(list(array.shape))}")
 
 
 def _float(name: str, array: Array) -> None:
@@ -179,16 +275,17 @@ def _width(name: str, array: Array, letter: str) -> None:
         raise ValueError(f"{name}: expected {letter} to be a multiple of 4 from 4 to {MOST_WIDTH}, got {width}")
 
 
-def _integers(name: str, array: Array, shape: tuple[int | str, ...]) -> Array:
-    _shape(name, array, shape)
+def _integer_array(name: str, array: Array, shape: tuple[int | str, ...], expected: str = "an array") -> Array:
+    _shape(name, array, shape, expected)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name}: expected an integer dtype, got {array.dtype}")
+    return array
+
+
+def _integers(name: str, array: Array, shape: tuple[int | str, ...], expected: str = "an array") -> Array:
+    """As int32; what int32 can't hold becomes the nearest number that it can."""
+    array = _integer_array(name, array, shape, expected)
+    if not np.can_cast(array.dtype, np.int32):
+        xp, most, own = np if isinstance(array, np.ndarray) else jnp, np.iinfo(np.int32), jnp.iinfo(array.dtype)
+        array = xp.clip(array, array.dtype.type(max(most.min, own.min)), array.dtype.type(most.max))
     return jnp.asarray(array, jnp.int32)
-
-
-def _integer(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected an int, got {_kind(value)}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return int(value)

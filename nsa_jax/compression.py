@@ -9,8 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import checks, segments
+from nsa_jax import checks
 from nsa_jax.launch import vary_together
+from nsa_jax.rows.intervals import window_intervals
+from nsa_jax.rows.queries import locate
+from nsa_jax.rows.windows import window_starts
 
 Array = jax.Array
 
@@ -73,7 +76,7 @@ def gather_windows(x: Array, *, window: int, stride: int, segment_ids: Array | N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _gather(x: Array, segment_ids: Array, window: int, stride: int) -> Array:
-    starts = segments.window_starts(segments.layout(segment_ids, *x.shape[:2]), window, stride)  # [B, C]
+    starts = window_starts(locate(segment_ids, None, *x.shape[:2]).tokens, window, stride)  # [B, C]
     index = starts[..., None] + jnp.arange(window, dtype=jnp.int32).reshape(1, 1, window)
     windows = jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="clip"))(x, index)  # [B, C, window, H, D]
     return jnp.where((starts >= 0)[..., None, None, None], windows, jnp.zeros((), x.dtype))
@@ -84,9 +87,10 @@ def _gather_forward(x: Array, segment_ids: Array, window: int, stride: int):
 
 
 def _gather_backward(window: int, stride: int, segment_ids: Array, cotangent: Array):
-    tokens = segments.layout(segment_ids, *segment_ids.shape)
+    row = locate(segment_ids, None, *segment_ids.shape)
+    tokens = row.tokens
     # a segment's last token sees all its windows
-    seen = segments.window_intervals(tokens, window, stride)
+    seen = window_intervals(row, window, stride)
     first, end = (jnp.take_along_axis(slot, tokens.stop - 1, axis=1) for slot in (seen.key_begin, seen.key_end))
     overlap = jnp.arange(window // stride, dtype=jnp.int32).reshape(1, 1, -1)
     slot = (first + tokens.position // stride)[..., None] - overlap  # [B, T, window // stride]
@@ -112,6 +116,5 @@ def _fill(windows: Array, slots: int) -> Array:
 
 
 def _checked(x: Array, window: int, stride: int, segment_ids: Array | None) -> tuple[int, int, Array | None]:
-    if x.ndim != 4:
-        raise ValueError(f"x: expected shape [B, T, H, D], got {list(x.shape)}")
-    return *checks.windows(window, stride), checks.segment_ids(segment_ids, x)
+    checks.tokens("x", x)
+    return *checks.windows(window, stride), checks.segment_ids(segment_ids, *x.shape[:2])

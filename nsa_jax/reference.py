@@ -12,8 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import segments
-from nsa_jax.residuals import name_residuals
+from nsa_jax.checkpoint_names import name_residuals
+from nsa_jax.rows import sight
+from nsa_jax.rows.intervals import sliding_intervals, window_intervals
+from nsa_jax.rows.queries import Row
 
 Array = jax.Array
 
@@ -24,65 +26,64 @@ _FORCED = 2.0**24
 
 
 def sliding_window_attention(
-    query: Array, key: Array, value: Array, *, window_size: int, scale: float, segment_ids: Array | None
+    query: Array, key: Array, value: Array, row: Row, *, window_size: int, scale: float
 ) -> tuple[Array, Array]:
     """Each query at p sees the keys p - window_size + 1 .. p of its segment.
 
     Args:
-        query: [B, T, N, K].
+        query: [B, Tq, N, K].
         key: [B, T, H, K].
         value: [B, T, H, V].
+        row: where the queries stand.
         window_size: tokens seen, the query's own included.
         scale: multiplies the scores.
-        segment_ids: int32 [B, T] or None.
 
     Returns:
-        output [B, T, N, V] in the query's dtype, lse float32 [B, T, N].
+        output [B, Tq, N, V] in the query's dtype, lse float32 [B, Tq, N].
     """
-    query, key, value = (segments.clear_padding(x, segment_ids) for x in (query, key, value))
-    batch, length = query.shape[:2]
-    seen = segments.sliding_intervals(segments.layout(segment_ids, batch, length), window_size)
-    index = jnp.broadcast_to(_index(length, 2), (batch, length))
+    seen = sliding_intervals(row, window_size)
+    keys = _Keys(key, value)
+    length = row.length
 
-    def chunk(query, index, begin, end):
-        span = min(length, query.shape[1] + max(window_size, 1) - 1)  # keys that the chunk's windows touch
-        first = jnp.clip(index[0, 0] - (window_size - 1), 0, length - span)
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, span, axis=1) for x in (key, value))
-        return _attend(query, keys, values, _within(begin - first, end - first, span)[:, None], scale)
+    def chunk(query, place, begin, end):
+        # keys that the chunk's windows touch, where queries stand side by side
+        span = length if row.sliced else min(length, query.shape[1] + max(window_size, 1) - 1)
+        first = jnp.clip(place[0, 0] - (window_size - 1), 0, length - span) if span < length else 0
+        near = keys.cut(first, span) if span < length else keys
+        return _attend(query, near, _within(begin - first, end - first, span)[:, None], scale)
 
-    return name_residuals("sliding", *_over_queries(chunk, query, index, seen.key_begin, seen.key_end))
+    results = _over_queries(chunk, query, row.queries.place, seen.key_begin, seen.key_end)
+    return name_residuals("sliding", *results)
 
 
 def compressed_attention(
     query: Array,
     compressed_key: Array,
     compressed_value: Array,
+    row: Row,
     *,
     window: int,
     stride: int,
     scale: float,
-    segment_ids: Array | None,
 ) -> tuple[Array, Array]:
     """Each query at p sees the windows c of its segment with c * stride + window - 1 <= p.
 
     Args:
-        query: [B, T, N, K].
+        query: [B, Tq, N, K].
         compressed_key: [B, C, H, K]; what empty slots hold is ignored.
         compressed_value: [B, C, H, V].
+        row: where the queries stand.
         window, stride: tokens in a window, and from one window to the next.
         scale: multiplies the scores.
-        segment_ids: int32 [B, T] or None.
 
     Returns:
-        output [B, T, N, V] in the query's dtype, lse float32 [B, T, N].
+        output [B, Tq, N, V] in the query's dtype, lse float32 [B, Tq, N].
     """
-    query = segments.clear_padding(query, segment_ids)
-    tokens = segments.layout(segment_ids, *query.shape[:2])
-    seen = segments.window_intervals(tokens, window, stride)
-    key, value = (segments.clear_empty_slots(x, seen) for x in (compressed_key, compressed_value))
+    seen = window_intervals(row, window, stride)
+    keys = _Keys(compressed_key, compressed_value)
 
     def chunk(query, begin, end):
-        return _attend(query, key, value, _within(begin, end, key.shape[1])[:, None], scale)
+        return _attend(query, keys, _within(begin, end, keys.count)[:, None], scale)
 
     return name_residuals("compressed", *_over_queries(chunk, query, seen.key_begin, seen.key_end))
 
@@ -91,6 +92,7 @@ def select_blocks(
     query: Array,
     compressed_key: Array,
     lse: Array,
+    row: Row,
     *,
     block_counts: int | Array,
     max_block_count: int,
@@ -100,33 +102,32 @@ def select_blocks(
     num_init_blocks: int,
     num_local_blocks: int,
     scale: float,
-    segment_ids: Array | None,
 ) -> Array:
     """The blocks of its segment that each query attends to: the forced ones, then those of most importance.
 
     Args:
-        query: [B, T, N, K].
+        query: [B, Tq, N, K].
         compressed_key: [B, C, H, K].
-        lse: float32 [B, T, N], of `compressed_attention`.
-        block_counts: int or int32 [B, T, H], the blocks to choose, clipped to 0 .. max_block_count.
+        lse: float32 [B, Tq, N], of `compressed_attention`.
+        row: where the queries stand.
+        block_counts: int or int32 [B, Tq, H], the blocks to choose, clipped to 0 .. max_block_count.
         max_block_count: S.
         block_size: tokens of a block.
         window, stride: tokens in a window, and from one window to the next.
         num_init_blocks, num_local_blocks: the forced blocks, at the segment's start and up to the query's own.
         scale: multiplies the scores.
-        segment_ids: int32 [B, T] or None.
 
     Returns:
-        int32 [B, T, H, S], ascending, then -1. Without gradient.
+        int32 [B, Tq, H, S], ascending, then -1. Without gradient.
     """
     query, compressed_key, lse = jax.lax.stop_gradient((query, compressed_key, lse))
     batch, length, heads = *query.shape[:2], compressed_key.shape[2]
-    query = segments.clear_padding(query, segment_ids)
-    tokens = segments.layout(segment_ids, batch, length)
-    seen = segments.window_intervals(tokens, window, stride)
-    key = segments.clear_empty_slots(compressed_key, seen)
+    seen = window_intervals(row, window, stride)
+    key = sight.clear(compressed_key, sight.finite_rows(compressed_key))
+    if key.shape[1] == 0:
+        key = jnp.zeros((batch, 1, *key.shape[2:]), key.dtype)  # nobody sees it
     counts = jnp.broadcast_to(jnp.asarray(block_counts, jnp.int32), (batch, length, heads))
-    num_blocks = -(-length // block_size)
+    num_blocks = -(-row.length // block_size)
     num_init_blocks = min(num_init_blocks, num_blocks)
     num_local_blocks = min(max(num_local_blocks, 1), num_blocks)
 
@@ -136,6 +137,7 @@ def select_blocks(
         scores = jnp.where(visible, _scores(query, key, scale) - lse, -jnp.inf)
         probability = jnp.exp(scores).sum(axis=2)  # [B, H, t, C]
         importance = _importance(probability, begin, num_blocks, block_size // stride, window // stride)
+        importance = jnp.where(importance >= 0, importance, 0.0)  # NaN has no order
 
         block = _index(num_blocks, 3)
         distance = (position // block_size)[..., None] - block  # [B, t, J]
@@ -153,56 +155,89 @@ def select_blocks(
         chosen = jnp.where(chosen < num_blocks, chosen, -1)
         return jnp.pad(chosen, ((0, 0),) * 3 + ((0, max_block_count - chosen.shape[-1]),), constant_values=-1)
 
-    return _over_queries(chunk, query, lse, seen.key_begin, seen.key_end, tokens.position, tokens.valid, counts)
+    queries = row.queries
+    return _over_queries(chunk, query, lse, seen.key_begin, seen.key_end, queries.position, queries.valid, counts)
 
 
 def selected_attention(
     query: Array,
     key: Array,
     value: Array,
+    row: Row,
     block_indices: Array,
     *,
     block_counts: int | Array | None,
     block_size: int,
     scale: float,
-    segment_ids: Array | None,
+    unclean: Array | None = None,
 ) -> tuple[Array, Array]:
     """Each query sees the keys of its listed blocks up to itself.
 
     Args:
-        query: [B, T, N, K].
+        query: [B, Tq, N, K].
         key: [B, T, H, K].
         value: [B, T, H, V].
-        block_indices: int32 [B, T, H, S], blocks of the query's segment in any order; entries below 0 or beyond the
+        row: where the queries stand.
+        block_indices: int32 [B, Tq, H, S], blocks of the query's segment in any order; entries below 0 or beyond the
             query's own block are skipped, a block listed twice counts once.
-        block_counts: int, int32 [B, T, H] or None: only the first so many entries count.
+        block_counts: int, int32 [B, Tq, H] or None: only the first so many entries count.
         block_size: tokens of a block.
         scale: multiplies the scores.
-        segment_ids: int32 [B, T] or None.
+        unclean: bool [B, Tq, H], whose lists come from values that are not finite; None: nobody's.
 
     Returns:
-        output [B, T, N, V] in the query's dtype, lse float32 [B, T, N].
+        output [B, Tq, N, V] in the query's dtype, lse float32 [B, Tq, N].
     """
-    query, key, value = (segments.clear_padding(x, segment_ids) for x in (query, key, value))
-    length = key.shape[1]
-    tokens = segments.layout(segment_ids, *query.shape[:2])
-    causal = segments.sliding_intervals(tokens, length)
-    key_block = tokens.position // block_size
+    length, queries = row.length, row.queries
+    keys = _Keys(key, value)
+    key_block = row.tokens.position // block_size
     num_blocks = -(-length // block_size)
     if block_counts is None:
         block_counts = block_indices.shape[-1]
     counts = jnp.broadcast_to(jnp.asarray(block_counts, jnp.int32), block_indices.shape[:-1])
     listed = (_index(block_indices.shape[-1], 4) < counts[..., None]) & (block_indices >= 0)
     block_indices = jnp.where(listed, block_indices, num_blocks)
+    unclean = jnp.zeros(counts.shape, bool) if unclean is None else unclean
 
-    def chunk(query, block_indices, begin, end):
+    def chunk(query, block_indices, unclean, start, place, valid):
         block_indices = block_indices.transpose(0, 2, 1, 3)  # [B, H, t, S]
         none = jnp.zeros((*block_indices.shape[:-1], num_blocks), bool)
         chosen = jnp.put_along_axis(none, block_indices, True, axis=-1, inplace=False, mode="drop")
         chosen = jax.vmap(lambda row, block: row[..., block])(chosen, key_block)  # [B, H, t, T]
-        return _attend(query, key, value, chosen & _within(begin, end, length)[:, None], scale)
+        causal = _within(start, jnp.where(valid, place + 1, 0), length)
+        return _attend(query, keys, chosen & causal[:, None], scale, unclean.transpose(0, 2, 1))
 
-    return name_residuals("selected", *_over_queries(chunk, query, block_indices, causal.key_begin, causal.key_end))
+    results = _over_queries(chunk, query, block_indices, unclean, queries.start, queries.place, queries.valid)
+    return name_residuals("selected", *results)
+
+
+class _Keys:
+    """Keys [B, C, H, K] and values [B, C, H, V], 0 where a row is not finite; finite: bool [B, C, H]."""
+
+    def __init__(self, key: Array, value: Array):
+        self.finite = sight.finite_rows(key) & sight.finite_rows(value)
+        self.key, self.value = sight.clear(key, self.finite), sight.clear(value, self.finite)
+        self.count = key.shape[1]
+
+    def cut(self, first: Array, count: int) -> "_Keys":
+        """`count` keys from `first` on."""
+        part = object.__new__(_Keys)
+        for name in ("key", "value", "finite"):
+            setattr(part, name, jax.lax.dynamic_slice_in_dim(getattr(self, name), first, count, axis=1))
+        part.count = count
+        return part
+
+
+@jax.custom_vjp
+def _nan_gradient(x: Array, unclean: Array) -> Array:
+    """x, whose gradient is NaN where it is unclean."""
+    return x
+
+
+_nan_gradient.defvjp(
+    lambda x, unclean: (x, unclean),
+    lambda unclean, cotangent: (jnp.where(unclean, jnp.asarray(jnp.nan, cotangent.dtype), cotangent), None),
+)
 
 
 def _over_queries(body: Callable, *arrays: Array):
@@ -223,22 +258,42 @@ def _over_queries(body: Callable, *arrays: Array):
     return jax.tree.map(join, jax.lax.map(lambda chunk: body(*chunk), jax.tree.map(split, arrays)))
 
 
-def _attend(query: Array, key: Array, value: Array, visible: Array, scale: float) -> tuple[Array, Array]:
-    """Softmax attention of [B, t, N, K] over the keys where visible, bool [B, 1 or H, t, keys]: (output, lse)."""
+def _attend(
+    query: Array, keys: _Keys, visible: Array, scale: float, unclean: Array | None = None
+) -> tuple[Array, Array]:
+    """Softmax attention of [B, t, N, K] over the keys where visible, bool [B, 1 or H, t, keys]: (output, lse).
+
+    A query that sees nothing gives 0 and -inf whatever it holds; one that is not finite, or sees a value that is not,
+    or is unclean, bool [B, H, t], gives NaN and leaves the gradients of keys and values alone.
+    """
     batch, length, heads = query.shape[:3]
-    scores = jnp.where(visible[:, :, None], _scores(query, key, scale), -jnp.inf)  # [B, H, G, t, keys]
+    groups = keys.key.shape[2]
+
+    def of_queries(x):  # [B, H, t] or [B, H, G, t] -> [B, t, N]
+        x = jnp.broadcast_to(x[:, :, None] if x.ndim == 3 else x, (batch, groups, heads // groups, length))
+        return x.transpose(0, 3, 1, 2).reshape(batch, length, heads)
+
+    sees = jnp.broadcast_to(visible.any(axis=-1), (batch, groups, length))
+    lost = (visible & ~keys.finite.transpose(0, 2, 1)[:, :, None]).any(axis=-1)
+    lost = lost if unclean is None else lost | unclean
+    finite = sight.finite_rows(query)
+    lost, sees = of_queries(lost) | ~finite, of_queries(sees)
+    query = sight.clear(_nan_gradient(query, (lost & sees)[..., None]), finite)
+
+    scores = jnp.where(visible[:, :, None], _scores(query, keys.key, scale), -jnp.inf)  # [B, H, G, t, keys]
     # zero keys have no maximum, and no visible one has -inf
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, initial=-jnp.inf))
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
     weights = jnp.exp(scores - peak[..., None])
     total = weights.sum(axis=-1)
-    sees = total > 0
-    total = jnp.where(sees, total, 1.0)
-    output = jnp.einsum("bhgts,bshv->bthgv", weights, value.astype(jnp.float32), precision=_precision())
+    total = jnp.where(total == 0, 1.0, total)
+    output = jnp.einsum("bhgts,bshv->bthgv", weights, keys.value.astype(jnp.float32), precision=_precision())
     output = output / total.transpose(0, 3, 1, 2)[..., None]
-    lse = jnp.where(sees, peak + jnp.log(total), -jnp.inf)
-    lse = lse.transpose(0, 3, 1, 2).reshape(batch, length, heads)
-    return output.reshape(batch, length, heads, -1).astype(query.dtype), lse
+    output = output.reshape(batch, length, heads, -1).astype(query.dtype)
+    lse = of_queries(peak + jnp.log(total))
+    nothing, nan = jnp.zeros((), output.dtype), jnp.asarray(jnp.nan, output.dtype)
+    output = jnp.where(sees[..., None], jnp.where(lost[..., None], nan, output), nothing)
+    return output, jnp.where(sees, jnp.where(lost, jnp.nan, lse), -jnp.inf)
 
 
 def _scores(query: Array, key: Array, scale: float) -> Array:

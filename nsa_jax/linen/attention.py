@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import nsa_jax
-from nsa_jax import checks, segments
+from nsa_jax import checks
 from nsa_jax.linen.compression import MLPCompression
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
 from nsa_jax.linen.rope import rotate
+from nsa_jax.rows.segments import layout
+from nsa_jax.rows.windows import window_starts
 
 Array = jax.Array
 
@@ -76,7 +78,7 @@ class NativeSparseAttention(Projections):
         value = self.project("value", (*copies, kv_heads, value_width), (*copy_axes, *KV_HEADS))(x)
         gate = nn.sigmoid(self.project("gate", (len(branches), self.num_heads), ("branches", "heads"))(x))
 
-        tokens = segments.layout(segment_ids, batch, length)
+        tokens = layout(segment_ids, batch, length)
         query = self._rotate(query, tokens.position)
         keys, values = self._by_branch(key, branches), self._by_branch(value, branches)
         if self.separate_keys:
@@ -126,7 +128,7 @@ class NativeSparseAttention(Projections):
         sizes = self._sizes
         if self.compression == "mean":
             return tuple(nsa_jax.compress(x, **sizes, segment_ids=segment_ids) for x in (rotated, value))
-        start = segments.window_starts(tokens, **sizes)  # [B, C]
+        start = window_starts(tokens, **sizes)  # [B, C]
         windows = (nsa_jax.gather_windows(x, **sizes, segment_ids=segment_ids) for x in (key, value))
         maps = (self._map("compress_key"), self._map("compress_value"))
         key, value = (

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import launch, segments
+from nsa_jax import launch
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
 from nsa_jax.linen.rope import rotate
+from nsa_jax.rows.segments import clear_padding, layout
 
 Array = jax.Array
 
@@ -31,7 +32,7 @@ class DenseAttention(Projections):
         query = self.project("query", (self.num_heads, width), HEADS)(x)
         key = self.project("key", (kv_heads, width), KV_HEADS)(x)
         value = self.project("value", (kv_heads, width), KV_HEADS)(x)
-        tokens = segments.layout(segment_ids, batch, length)
+        tokens = layout(segment_ids, batch, length)
         if self.rope_theta is not None:
             query, key = (rotate(y, tokens.position, theta=self.rope_theta) for y in (query, key))
         in_segment = tokens.start[:, :, None] == tokens.start[:, None, :]
@@ -40,5 +41,5 @@ class DenseAttention(Projections):
         output = jax.nn.dot_product_attention(
             query, key, value, mask=(in_segment & causal)[:, None], implementation="cudnn" if fused else None
         )
-        output = segments.clear_padding(checkpoint_name(output, CHECKPOINT_NAME), segment_ids)
+        output = clear_padding(checkpoint_name(output, CHECKPOINT_NAME), tokens.valid)
         return self.project_out(features)(output)

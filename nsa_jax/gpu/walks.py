@@ -1,13 +1,15 @@
 """From chosen blocks to what the kernels of the selected branch walk."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, segments, tiling
-from nsa_jax.segments import Blocks
+from nsa_jax import launch, tiling
+from nsa_jax.rows import sight
+from nsa_jax.rows.queries import Row
 
 Array = jax.Array
 
@@ -18,17 +20,28 @@ class Choice(NamedTuple):
     """Which blocks of keys the queries want.
 
     Attributes:
-        selected: int32 [B, T, H, S], the row index of the first key of each selected block, NOWHERE where none; any
+        row: where the queries stand.
+        selected: int32 [B, Tq, H, S], the row index of the first key of each selected block, NOWHERE where none; any
             order, repeats allowed.
-        touched: int32 [B, T, X], likewise the blocks that the query's sliding window touches; X is 0 without one.
-        place: int32 [B, T], the query's index in the key row.
-        blocks: the blocks of the key row.
+        touched: int32 [B, Tq, X], likewise the blocks that the query's sliding window touches; X is 0 without one.
     """
 
+    row: Row
     selected: Array
     touched: Array
-    place: Array
-    blocks: Blocks
+
+    @property
+    def wanted(self) -> int:
+        """The most blocks a query wants."""
+        return self.selected.shape[3] + self.touched.shape[2]
+
+    def in_order(self) -> "Choice":
+        """The Choice of the queries in the order of their places."""
+        queries = self.row.queries
+        order, standing = queries.order, queries.standing
+        by_place = jax.tree.map(queries.in_order, queries._replace(order=None, standing=None))
+        row = dataclasses.replace(self.row, queries=by_place._replace(order=order, standing=standing))
+        return Choice(row, queries.in_order(self.selected), queries.in_order(self.touched))
 
 
 class Walks(NamedTuple):
@@ -50,7 +63,7 @@ class Walks(NamedTuple):
 class PairedWalks(NamedTuple):
     """What pairs of tiles of tokens walk at the same time, step by step, see kernels/walk.py.
 
-    Of what is behind the steps nothing is known.
+    What is behind the steps is not written.
 
     Attributes:
         begins: int32 [B, H, pairs, 2, tokens * S], first keys; shared blocks at the same step of both.
@@ -66,38 +79,38 @@ class PairedWalks(NamedTuple):
     edges: Array
 
 
-def choose(
-    block_indices: Array, block_counts: Array | None, segment_ids: Array | None, block_size: int, window_size: int = 0
-) -> Choice:
-    """The Choice that selected blocks and a sliding window make, where query i stands at key i.
+def choose(row: Row, block_indices: Array, block_counts: Array | None, block_size: int, window_size: int = 0) -> Choice:
+    """The Choice that selected blocks and a sliding window make.
 
     Args:
-        block_indices: int32 [B, T, H, S], relative to the segment, see `selected_attention`.
-        block_counts: int32 () or [B, T, H], how many of the first entries count; None for all.
-        segment_ids: int32 [B, T] or None.
+        row: where the queries stand.
+        block_indices: int32 [B, Tq, H, S], relative to the segment, see `selected_attention`.
+        block_counts: int32 () or [B, Tq, H], how many of the first entries count; None for all.
         block_size: tokens in a block.
         window_size: tokens in the sliding window; 0 for none.
     """
-    B, T = block_indices.shape[:2]
-    tokens = segments.layout(segment_ids, B, T)
-    own = tokens.position // block_size
-    keep = (block_indices >= 0) & (block_indices <= own[:, :, None, None]) & tokens.valid[:, :, None, None]
+    queries = row.queries
+    own = queries.position // block_size
+    keep = (block_indices >= 0) & (block_indices <= own[:, :, None, None]) & queries.valid[:, :, None, None]
     if block_counts is not None:
         counts = jnp.broadcast_to(block_counts, block_indices.shape[:3])
         keep &= jax.lax.broadcasted_iota(jnp.int32, block_indices.shape, 3) < counts[..., None]
-    selected = tokens.start[:, :, None, None] + jnp.where(keep, block_indices, 0) * block_size
+    selected = queries.start[:, :, None, None] + jnp.where(keep, block_indices, 0) * block_size
 
     back = jnp.arange(_blocks_touched(window_size, block_size), dtype=jnp.int32)
     near = own[..., None] - back[None, None, :]
-    earliest = jnp.maximum(tokens.position - (window_size - 1), 0) // block_size
-    reached = (near >= earliest[..., None]) & tokens.valid[..., None]
-    touched = tokens.start[..., None] + near * block_size
-    return Choice(
-        selected=jnp.where(keep, selected, NOWHERE),
-        touched=jnp.where(reached, touched, NOWHERE),
-        place=tokens.start + tokens.position,
-        blocks=segments.blocks(tokens, block_size, segments.most_blocks(segment_ids, T, block_size)),
-    )
+    earliest = jnp.maximum(queries.position - (window_size - 1), 0) // block_size
+    reached = (near >= earliest[..., None]) & queries.valid[..., None]
+    touched = queries.start[..., None] + near * block_size
+    return Choice(row, jnp.where(keep, selected, NOWHERE), jnp.where(reached, touched, NOWHERE))
+
+
+def seen_of(choice: Choice, before: Array, block_size: int) -> Array:
+    """int8 [B, Tq, H]: what queries see of their selected blocks; before: see `sight.Cleaned`."""
+    listed = choice.selected != NOWHERE
+    first = jnp.where(listed, choice.selected, 0)
+    end = jnp.minimum(first + block_size, choice.row.queries.place[:, :, None, None] + 1)
+    return sight.of_blocks(before, first, jnp.where(listed, end, 0))
 
 
 def _blocks_touched(window_size: int, block_size: int) -> int:
@@ -126,7 +139,7 @@ def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
 
 def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]:
     """Runs a kernel of kernels/walk.py; parts: axes into which the entries of `tokens` tokens are cut."""
-    length = choice.blocks.number.shape[1]
+    length = choice.row.length
 
     def run(first_keys, place):
         B, T, H, S = first_keys.shape
@@ -147,7 +160,7 @@ def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]
             ROUNDS=entries.bit_length() - 1, WIDE=wide, SORTED=is_sorted, **constants,
         )  # fmt: skip
 
-    return launch.fold_vmap(run)(first_keys, choice.place)
+    return launch.fold_vmap(run)(first_keys, choice.row.queries.place)
 
 
 def _sorted_keys(first_keys: Array, tokens: int, chosen: int, low: int) -> Array:

@@ -1,4 +1,4 @@
-"""Starts kernels/selection_hopper.py: selection on Hopper GPUs."""
+"""Launch of kernels/selection_hopper.py: selection on Hopper."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,17 @@ from nsa_jax import launch, tiling
 Array = jax.Array
 
 
-def fits(query: Array, key: Array, count: int, share: int) -> bool:
-    """Whether this kernel does what is asked, on the device that is used; arguments as in `tiling.selection`."""
+def supports(query: Array, key: Array, count: int, windows_per_block: int) -> bool:
+    """Whether this kernel does what is asked, on the device that is used."""
     from nsa_jax.kernels import selection
 
     (_, _, N, K), H = query.shape, key.shape[2]
     capability = launch.capability_of(selection.select)  # 0 in Triton's interpreter, which does not know Gluon
-    return tiling.selection_hopper(capability, K, query.dtype.itemsize, N // H, count, share)
+    return tiling.selection_hopper(capability, K, query.dtype.itemsize, N // H, count, windows_per_block)
 
 
 def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: int, **constants) -> Array:
-    """block_indices int32 [B, T, H, S]; arrays and constants are those of the kernel."""
+    """block_indices int32 [B, Tq, H, S]; arrays and constants are those of the kernel."""
     from nsa_jax.kernels import selection_hopper as kernels
 
     (B, T, N, K), H = query.shape, key.shape[2]

@@ -5,21 +5,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax.segments import Blocks, places
-from nsa_jax.walk import NOWHERE, Walks
+from nsa_jax.gpu.walks import NOWHERE, Walks
+from nsa_jax.rows.blocks import Blocks
+from nsa_jax.rows.segments import search
 
 Array = jax.Array
 
 
 class Items(NamedTuple):
-    """Who chose what, I items a row and head; M blocks a row, see `segments.Blocks`.
+    """Who chose what, I items a row and head; M blocks a row, see `Blocks`. Queries are in the order of their places.
 
-    An item is a block and at most `chunk` of its choosers, all in one stretch of the row. Items are in the order of
-    their stretches, so that those that are worked on at the same time read the same tokens.
+    An item is a block and at most `chunk` of its choosers, all in one stretch of the queries. Items are in the order of
+    their stretches, so that those that are worked on at the same time read the same queries.
 
     Attributes:
-        choosers: int32 [B * H * T * S], those of one block in a run, tokens ascending: 2 * token, plus 1 if it selected
-            the block and does not merely touch it with its window.
+        choosers: int32 [B * H * Tq * S], those of one block in a run, ascending: 2 * query, plus 1 if it selected the
+            block and does not merely touch it with its window.
         block: int32 [B, H, I], the block of an item.
         first: int32 [B, H, I], where its choosers begin.
         count: int32 [B, H, I], how many they are.
@@ -44,21 +45,21 @@ class Items(NamedTuple):
         return self[:-1]
 
 
-def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: int) -> Items:
+def invert(walks: Walks, blocks: Blocks, chunk: int, stretch: int, more: int) -> Items:
     """The Items of a selection.
 
     Args:
-        walks: of single tokens, begins and members [B, H, T, S].
+        walks: of single queries in the order of their places, begins and members [B, H, Tq, S].
         blocks: the blocks of the rows.
-        block_size: tokens in a block.
-        chunk: tokens an item may hold.
-        stretch: tokens in a stretch.
+        chunk: queries an item may hold.
+        stretch: queries in a stretch.
+        more: see `more_items`.
     """
     B, H, T, S = walks.begins.shape
     M, R = blocks.begin.shape[1], -(-T // stretch)
     if B * H * (M * R + 1) >= 2**31:
         raise ValueError(
-            f"block_indices: {B} rows x {H} heads x {M} blocks x {R} stretches of the row do not fit 32-bit numbers"
+            f"block_indices: {B} rows x {H} heads x {M} blocks x {R} stretches of the queries do not fit 32-bit numbers"
         )
 
     wanted = walks.begins != NOWHERE
@@ -70,11 +71,12 @@ def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: i
     buckets, choosers = jax.lax.sort(
         (bucket.reshape(-1), (2 * token + (walks.members & 1)).reshape(-1)), num_keys=1, is_stable=True
     )
-    bounds = places(buckets, jnp.arange(B * H * M * R + 1, dtype=jnp.int32), "left")
+    bounds = search(buckets, jnp.arange(B * H * M * R + 1, dtype=jnp.int32), "left")
     first, counts = (x.reshape(B, H, M, R) for x in (bounds[:-1], jnp.diff(bounds)))
 
     is_real = jnp.arange(M, dtype=jnp.int32)[None, :] < blocks.count[:, None]
-    is_own = jnp.arange(R, dtype=jnp.int32)[None, None, :] == (blocks.begin // stretch)[..., None]
+    own = jnp.minimum(blocks.first, T - 1) // stretch  # no query that stands before it chooses a block
+    is_own = jnp.arange(R, dtype=jnp.int32)[None, None, :] == own[..., None]
     least = (is_own & is_real[..., None]).astype(jnp.int32)[:, None]  # [B, 1, M, R]
     items = jnp.maximum(-(-counts // chunk), least)
     of_block = jnp.cumsum(items, axis=3, dtype=jnp.int32)
@@ -85,8 +87,8 @@ def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: i
         return x.swapaxes(2, 3).reshape(B, H, R * M)
 
     ends = jnp.cumsum(by_stretch(items), axis=2, dtype=jnp.int32)
-    item = jnp.arange(M + more_items(T, S, block_size, chunk, stretch), dtype=jnp.int32)
-    find = jax.vmap(jax.vmap(lambda ends: places(ends, item, "right")))
+    item = jnp.arange(M + more, dtype=jnp.int32)
+    find = jax.vmap(jax.vmap(lambda ends: search(ends, item, "right")))
     pair = jnp.minimum(find(ends), R * M - 1)
 
     def of_item(x):
@@ -106,8 +108,16 @@ def invert(walks: Walks, blocks: Blocks, block_size: int, chunk: int, stretch: i
     )
 
 
-def more_items(length: int, picks: int, block_size: int, chunk: int, stretch: int) -> int:
-    """The most items of a row and head beyond one per block."""
-    # only blocks of the segment that reaches into a stretch have tokens there and are not of it
-    reaching = sum(-(-begin // block_size) for begin in range(stretch, length, stretch))
-    return min(reaching, length * picks) + length * picks // chunk
+def more_items(queries: int, keys: int, picks: int, block_size: int, chunk: int, stretch: int, sliced: bool) -> int:
+    """The most items of a row and head beyond one per block.
+
+    Args:
+        queries, keys: Tq and T.
+        picks: the most blocks that a query wants.
+        block_size, chunk, stretch: as in `invert`.
+        sliced: whether the queries stand at places of their own, and not at one token each.
+    """
+    # a stretch has choosers of blocks that are not its own only in the segment that reaches into it
+    begins = range(stretch, queries, stretch)
+    reaching = sum(-(-(keys if sliced else begin) // block_size) for begin in begins)
+    return min(reaching, queries * picks) + queries * picks // chunk

@@ -1,0 +1,65 @@
+"""Selection of blocks by the kernels."""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import launch
+from nsa_jax.gpu import backends
+from nsa_jax.rows.intervals import window_intervals
+from nsa_jax.rows.queries import Row
+
+Array = jax.Array
+
+
+def select(
+    query: Array,
+    compressed_key: Array,
+    lse: Array,
+    row: Row,
+    *,
+    block_counts: int | Array,
+    max_block_count: int,
+    block_size: int,
+    window: int,
+    stride: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    scale: float,
+) -> Array:
+    """The arguments and the result are those of `reference.select_blocks`; compressed keys come cleaned."""
+    (B, Tq, N, K), H = query.shape, compressed_key.shape[2]
+    num_blocks = -(-row.length // block_size)
+    S = min(max_block_count, num_blocks)
+    queries, seen = row.queries, window_intervals(row, window, stride)
+    counts = jnp.broadcast_to(jnp.asarray(block_counts, jnp.int32), (B, Tq, H))
+    counts = jnp.where(queries.valid[..., None], jnp.clip(counts, 0, S), 0)
+    if compressed_key.shape[1] == 0:
+        compressed_key = jnp.zeros((B, 1, H, K), compressed_key.dtype)  # a kernel can be given it; nobody sees it
+    backend = backends.block_selection(query, compressed_key, S, block_size // stride)
+
+    def run(query, key, *arrays):
+        flops = query.shape[0] * N * Tq * key.shape[1] * K
+        return backend.select(
+            query,
+            key,
+            *arrays,
+            flops=flops,
+            S=S,
+            SCALE=scale,
+            SHARE=block_size // stride,
+            REACH=window // stride,
+            INIT=min(num_init_blocks, num_blocks),
+            LOCAL=min(num_local_blocks, num_blocks),
+        )
+
+    block_indices = launch.fold_vmap(run)(
+        query,
+        compressed_key,
+        lse,
+        counts,
+        queries.start,
+        queries.position // block_size,
+        seen.key_begin,
+        seen.key_end,
+    )
+    return jnp.pad(block_indices, ((0, 0),) * 3 + ((0, max_block_count - S),), constant_values=-1)

@@ -1,0 +1,64 @@
+"""What the passes of all branches share: what is kept of a branch, and what of a query counts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.rows.queries import Row
+
+Array = jax.Array
+
+
+class Branch(NamedTuple):
+    """What the backward pass takes of a branch.
+
+    Attributes:
+        output: [B, Tq, N, V], of the forward pass.
+        lse: float32 [B, Tq, N], likewise.
+        weight: float32 [B, Tq, N], wide enough to be copied ahead; the cotangent of the output is weight * d_output.
+        d_lse: float32 [B, Tq, N], the cotangent of the lse; None for 0.
+    """
+
+    output: Array
+    lse: Array
+    weight: Array
+    d_lse: Array | None = None
+
+    def placeholders(self, query: Array, before: Array | None) -> tuple[Array, ...]:
+        """(lse, d_lse, weight, before) as a kernel takes them: an array of the shape that it does not read for None."""
+        d_lse = self.lse if self.d_lse is None else self.d_lse
+        return self.lse, d_lse, self.weight, query if before is None else before
+
+
+class Statistics(NamedTuple):
+    """What the pass of keys and values takes of its rows, float32 [B, Tq, N], queries in the order of their places.
+
+    A dead row, which sees nothing or whose result is NaN, has the lse inf: nothing of it counts.
+    """
+
+    lse: Array
+    delta: Array
+    weight: Array
+
+
+def statistics(row: Row, branch: Branch, delta: Array) -> Statistics:
+    """The Statistics of a branch, with the delta that the pass of the queries gives."""
+    alive = jnp.isfinite(branch.lse)
+    values = (
+        jnp.where(alive, branch.lse, jnp.inf),
+        jnp.where(alive, delta, 0.0),
+        jnp.where(alive, branch.weight, 0.0),
+    )
+    return Statistics(*map(row.queries.in_order, values))
+
+
+def nothing_seen(query: Array, value: Array) -> tuple[Array, Array]:
+    """The output [B, Tq, N, V] and lse [B, Tq, N] of queries that see nothing: zeros and -inf."""
+    B, Tq, N, _ = query.shape
+    return jnp.zeros((B, Tq, N, value.shape[-1]), query.dtype), jnp.full((B, Tq, N), -jnp.inf, jnp.float32)
+
+
+def untouched(query: Array, before: Array | None) -> Array:
+    """The gradient of queries that see nothing, added to `before` if given."""
+    return jnp.zeros_like(query) if before is None else before

@@ -1,0 +1,125 @@
+"""Attention to one interval of keys per query, the compressed and the sliding branch, as a differentiable function."""
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.checkpoint_names import name_residuals
+from nsa_jax.gpu.branch import Branch, nothing_seen, statistics, untouched
+from nsa_jax.rows import sight
+from nsa_jax.rows.intervals import Intervals
+from nsa_jax.rows.queries import Row
+
+Array = jax.Array
+
+
+class Spec(NamedTuple):
+    """What is static about a call.
+
+    Attributes:
+        branch: "compressed" or "sliding", for names in profiles and checkpoint policies.
+        scale: factor on the scores.
+        precision: of float32 products, see `launch.dot_precision`.
+        reach: most queries that see one key, 0 if any number can.
+        most_seen: most keys that a query sees.
+        backend: module of the kernels, see `backends`.
+    """
+
+    branch: str
+    scale: float
+    precision: str
+    reach: int
+    most_seen: int
+    backend: ModuleType
+
+    def pairs(self, queries: int, keys: int) -> int:
+        """About how many (query, key) pairs a head computes, for profiles."""
+        return queries * self.most_seen if self.most_seen < keys else queries * keys // 2
+
+
+class Addends(NamedTuple):
+    """What is to be added up where a branch's output is at hand.
+
+    Attributes:
+        gate: [B, Tq, N], of the branch itself.
+        others: (output [B, Tq, N, V], gate [B, Tq, N]) of one or two other branches.
+        keep: whether the branch's own output is wanted, too.
+    """
+
+    gate: Array
+    others: tuple[tuple[Array, Array], ...]
+    keep: bool
+
+
+class Seen(NamedTuple):
+    """Who sees whom: the row, its intervals, and what queries see, int8 [B, Tq, H], see `rows.sight`."""
+
+    row: Row
+    intervals: Intervals
+    sight: Array
+
+
+def see(row: Row, intervals: Intervals, before: Array) -> Seen:
+    """The Seen of intervals; before: see `sight.Cleaned`."""
+    return Seen(row, intervals, sight.of_intervals(before, intervals))
+
+
+def forward(
+    query: Array, key: Array, value: Array, seen: Seen, spec: Spec, addends: Addends | None = None
+) -> tuple[Array | None, Array, Array | None]:
+    """(output [B, Tq, N, V], lse float32 [B, Tq, N], gated sum [B, Tq, N, V]) of cleaned keys and values.
+
+    The sum is that of the addends, None where the backend leaves it to the caller; unless they are to be kept the
+    output may be None where there is a sum.
+    """
+    if key.shape[1] == 0:
+        return *nothing_seen(query, value), None
+    return spec.backend.forward(query, key, value, seen, spec, addends)
+
+
+def backward_query(
+    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, seen: Seen, spec: Spec,
+    before: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(d_query [B, Tq, N, K], added to `before` if given; delta float32 [B, Tq, N], for `backward_key_value`)."""
+    if key.shape[1] == 0:
+        return untouched(query, before), jnp.zeros_like(branch.lse)
+    return spec.backend.backward_query(query, key, value, d_output, branch, seen, spec, before)
+
+
+def backward_key_value(
+    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, delta: Array, seen: Seen, spec: Spec
+) -> tuple[Array, Array]:
+    """(d_key [B, C, H, K], d_value [B, C, H, V]); delta is what `backward_query` gives."""
+    if key.shape[1] == 0:
+        return jnp.zeros_like(key), jnp.zeros_like(value)
+    rows = statistics(seen.row, branch, delta)
+    query, d_output = (seen.row.queries.in_order(x) for x in (query, d_output))
+    return spec.backend.backward_key_value(query, key, value, d_output, rows, seen.intervals, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(spec: Spec, query: Array, key: Array, value: Array, row: Row, intervals: Intervals) -> tuple[Array, Array]:
+    """(output [B, Tq, N, V], lse float32 [B, Tq, N]) of attention to the intervals."""
+    return _attend_forward(spec, query, key, value, row, intervals)[0]
+
+
+def _attend_forward(spec, query, key, value, row, intervals):
+    key, value, before = sight.clean(key, value)
+    seen = see(row, intervals, before)
+    output, lse = name_residuals(spec.branch, *forward(query, key, value, seen, spec)[:2])
+    return (output, lse), (query, key, value, seen, output, lse)
+
+
+def _attend_backward(spec, residuals, cotangents):
+    query, key, value, seen, output, lse = residuals
+    d_output, d_lse = cotangents
+    branch = Branch(output, lse, jnp.ones_like(lse), d_lse)
+    d_query, delta = backward_query(query, key, value, d_output, branch, seen, spec)
+    return d_query, *backward_key_value(query, key, value, d_output, branch, delta, seen, spec), None, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,32 @@
+"""Launch of kernels/selection.py: selection on any GPU."""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import launch, tiling
+
+Array = jax.Array
+
+
+def supports(query: Array, key: Array, count: int, windows_per_block: int) -> bool:
+    """Whether this kernel does what is asked: it always does."""
+    return True
+
+
+def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: int, **constants) -> Array:
+    """block_indices int32 [B, Tq, H, S]; arrays and constants are those of the kernel."""
+    from nsa_jax.kernels import selection as kernels
+
+    (B, T, N, K), (_, C, H, _) = query.shape, key.shape
+    capability = launch.capability_of(kernels.select)
+    tile = tiling.selection(capability, sum(tiling.parts(K)), query.dtype.itemsize, N // H, S, SHARE)
+    tiles = -(-T // tile.tokens)
+    (block_indices,) = launch.launch(
+        kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays,
+        outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
+        programs=H * tiles * B if S else 0, warps=tile.warps, stages=tile.stages, flops=flops,
+        T=T, C=C, H=H, G=N // H, K=K, TOKENS=tile.tokens, HEADS=tile.heads, KEYS=tile.keys, PARTS=tile.parts,
+        LIST=tile.entries, TILES=tiles, K_PARTS=tiling.parts(K), PRECISION=launch.dot_precision(), S=S, SHARE=SHARE,
+        **constants,
+    )  # fmt: skip
+    return block_indices

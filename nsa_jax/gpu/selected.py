@@ -1,0 +1,114 @@
+"""Attention to selected blocks of keys, and to a short sliding window with them, as a differentiable function."""
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax.checkpoint_names import name_residuals
+from nsa_jax.gpu.branch import Branch, nothing_seen, statistics, untouched
+from nsa_jax.gpu.walks import Choice, PairedWalks, Walks, seen_of
+from nsa_jax.rows import sight
+from nsa_jax.rows.intervals import sliding_intervals
+
+Array = jax.Array
+
+
+class Spec(NamedTuple):
+    """What is static about a call.
+
+    Attributes:
+        block_size: keys in a block.
+        scale: factor on the scores.
+        precision: of float32 products, see `launch.dot_precision`.
+        window_size: keys in the sliding window that is attended to in the same pass; 0 for none.
+        backend: module of the kernels, see `backends`.
+    """
+
+    block_size: int
+    scale: float
+    precision: str
+    window_size: int
+    backend: ModuleType
+
+
+class Routes(NamedTuple):
+    """Which blocks the queries want, how the passes of the queries walk them, and what is seen there.
+
+    Attributes:
+        choice: the blocks.
+        walks: of the backend; None where no block is wanted.
+        sight: int8 [B, Tq, H], see `rows.sight`.
+        sliding_sight: int8 [B, Tq, H], likewise of the sliding window.
+    """
+
+    choice: Choice
+    walks: Walks | PairedWalks | None
+    sight: Array
+    sliding_sight: Array
+
+
+def route(query: Array, value: Array, before: Array, choice: Choice, spec: Spec) -> Routes:
+    """The Routes of a choice; before: see `sight.Cleaned`."""
+    walks = spec.backend.walk(choice, query, value, spec) if choice.wanted else None
+    seen = seen_of(choice, before, spec.block_size)
+    near = sight.of_intervals(before, sliding_intervals(choice.row, spec.window_size)) if spec.window_size else seen
+    return Routes(choice, walks, seen, near)
+
+
+def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
+    """(output [B, Tq, N, V], lse float32 [B, Tq, N]) of the selected branch, then of the sliding one if any."""
+    if routes.choice.wanted == 0:
+        return [nothing_seen(query, value)]
+    return spec.backend.forward(query, key, value, routes, spec)
+
+
+def backward_query(
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], routes: Routes, spec: Spec,
+    before: Array | None = None,
+) -> tuple[Array, list[Array]]:  # fmt: skip
+    """(d_query [B, Tq, N, K], added to `before` if given; deltas float32 [B, Tq, N] of the branches, for
+    `backward_key_value`); branches as `forward` gives them, of which only the selected one's lse may have a cotangent.
+    """
+    if routes.choice.wanted == 0:
+        return untouched(query, before), [jnp.zeros_like(branch.lse) for branch in branches]
+    return spec.backend.backward_query(query, key, value, d_output, branches, routes, spec, before)
+
+
+def backward_key_value(
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], deltas: list[Array],
+    routes: Routes, spec: Spec,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(d_key [B, T, H, K], d_value [B, T, H, V]); branches and deltas as in `backward_query`."""
+    choice = routes.choice
+    if choice.wanted == 0:
+        return jnp.zeros_like(key), jnp.zeros_like(value)
+    rows = [statistics(choice.row, branch, delta) for branch, delta in zip(branches, deltas, strict=True)]
+    query, d_output = (choice.row.queries.in_order(x) for x in (query, d_output))
+    return spec.backend.backward_key_value(query, key, value, d_output, rows, choice.in_order(), spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(spec: Spec, query: Array, key: Array, value: Array, choice: Choice) -> tuple[Array, Array]:
+    """(output [B, Tq, N, V], lse float32 [B, Tq, N]) of attention to the selected blocks."""
+    return _attend_forward(spec, query, key, value, choice)[0]
+
+
+def _attend_forward(spec, query, key, value, choice):
+    key, value, before = sight.clean(key, value)
+    routes = route(query, value, before, choice, spec)
+    output, lse = name_residuals("selected", *forward(query, key, value, routes, spec)[0])
+    return (output, lse), (query, key, value, routes, output, lse)
+
+
+def _attend_backward(spec, residuals, cotangents):
+    query, key, value, routes, output, lse = residuals
+    d_output, d_lse = cotangents
+    branches = [Branch(output, lse, jnp.ones_like(lse), d_lse)]
+    d_query, deltas = backward_query(query, key, value, d_output, branches, routes, spec)
+    return d_query, *backward_key_value(query, key, value, d_output, branches, deltas, routes, spec), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,110 @@
+"""Launches of kernels/selected_hopper.py and selected_hopper_keys.py: the selected branch on Hopper."""
+
+import jax
+import jax.numpy as jnp
+
+from nsa_jax import launch, tiling
+from nsa_jax.gpu.branch import Branch, Statistics
+from nsa_jax.gpu.portable import selected as portable
+from nsa_jax.gpu.selected import Routes, Spec
+from nsa_jax.gpu.walks import Choice, PairedWalks, walks_in_pairs
+
+Array = jax.Array
+
+
+def supports(query: Array, value: Array, scale: float, block_size: int, window_size: int) -> bool:
+    """Whether these kernels do what is asked, on the device that is used."""
+    return scale > 0 and not window_size and _tile(query, value, block_size) is not None
+
+
+def _tile(query: Array, value: Array, block_size: int) -> tiling.HopperTile | None:
+    from nsa_jax.kernels import selected
+
+    (_, _, N, K), (_, _, H, V) = query.shape, value.shape
+    capability = launch.capability_of(selected.forward)  # 0 in Triton's interpreter, which does not know Gluon
+    return tiling.selected_hopper(capability, (K, V), query.dtype.itemsize, N // H, block_size)
+
+
+def walk(choice: Choice, query: Array, value: Array, spec: Spec) -> PairedWalks:
+    """What the passes of the queries walk."""
+    return walks_in_pairs(choice, _tile(query, value, spec.block_size).tokens, spec.block_size)
+
+
+def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
+    """As `gpu.selected.forward`."""
+    from nsa_jax.kernels import selected_hopper as kernels
+
+    (_, T, N, K), V = query.shape, value.shape[3]
+    outputs = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
+    last = portable.sight_of(kernels.forward, routes.sight)
+    output, lse = _walk(kernels.forward, (query, key, value), outputs, K + V, routes, spec, last)
+    return [(output, lse)]
+
+
+def backward_query(
+    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], routes: Routes, spec: Spec,
+    before: Array | None = None,
+) -> tuple[Array, list[Array]]:  # fmt: skip
+    """As `gpu.selected.backward_query`."""
+    from nsa_jax.kernels import selected_hopper as kernels
+
+    (branch,) = branches
+    (_, T, N, K), V = query.shape, value.shape[3]
+    outputs = jax.ShapeDtypeStruct((T, N, K), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
+    lse, d_lse, weight, into = branch.placeholders(query, before)
+    d_query, delta = _walk(
+        kernels.backward_query, (query, key, value, d_output, branch.output, lse, weight, d_lse, into), outputs,
+        2 * K + V, routes, spec, HAS_D_LSE=branch.d_lse is not None, HAS_BEFORE=before is not None,
+    )  # fmt: skip
+    return d_query, [delta]
+
+
+def backward_key_value(
+    query: Array, key: Array, value: Array, d_output: Array, rows: list[Statistics], choice: Choice, spec: Spec
+) -> tuple[Array, Array]:
+    """As `gpu.selected.backward_key_value`; blocks of fewer keys than a program has go to the portable kernels."""
+    if spec.block_size < tiling.HOPPER_KEYS:
+        return portable.backward_key_value(query, key, value, d_output, rows, choice, spec)
+    from nsa_jax.kernels import selected_hopper_keys as kernels
+
+    def run(query, key, value, statistics, place, items, blocks, outputs, programs, flops):
+        (B, T, N, K), (_, C, H, V) = query.shape, value.shape
+        d_output, *statistics = statistics
+        return launch.launch(
+            kernels.backward_key_value, launch.token_pieces(query, N // H), launch.key_pieces(key),
+            launch.key_pieces(value), launch.token_pieces(d_output, N // H), *statistics, place, *items.of_kernels(),
+            blocks.begin, blocks.end, *portable.near_of(kernels.backward_key_value, blocks),
+            outputs=outputs, programs=spec.block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
+            registers=tiling.HOPPER_KEYS_REGISTERS, flops=flops,
+            T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=spec.scale, BLOCK=spec.block_size, BLOCKS=blocks.begin.shape[1],
+            ITEMS=items.block.shape[2], MORE=outputs[2].shape[2], PROGRAMS=programs,
+            STAGES=tiling.hopper_keys_stages(K, V),
+        )  # fmt: skip
+
+    capability = launch.capability_of(kernels.backward_key_value)
+    return portable.by_items(run, capability, query, key, value, d_output, rows, choice, spec)
+
+
+def _walk(kernel, arrays, outputs, products, routes, spec, last=(), **constants) -> list[Array]:
+    """Runs a kernel on arrays that begin with query, key and value; products: multiplications per head and key."""
+    walks, block_size, tile = routes.walks, spec.block_size, _tile(arrays[0], arrays[2], spec.block_size)
+    (_, T, N, K), (_, _, H, V) = arrays[0].shape, arrays[2].shape
+    pairs, _, entries = walks.begins.shape[2:]
+
+    def run(query, key, value, *arrays):
+        B = query.shape[0]
+        units = pairs * H * B
+        # of programs one fits on each multiprocessor; a pair goes through its share of the units
+        programs = min(units, max(1, launch.multiprocessors() // 2))
+        blocks = [launch.key_pieces(x, tile.keys) for x in (key, value)]
+        return launch.launch(
+            kernel, query, *blocks, *arrays,
+            outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
+            programs=programs, warps=8, stages=1,
+            flops=2 * B * T * N * entries // tile.tokens * block_size * products,
+            T=T, H=H, G=N // H, K=K, V=V, SCALE=spec.scale, TOKENS=tile.tokens, WALK=entries, KEYS=tile.keys,
+            SHARES=block_size // tile.keys, TOGETHER=tiling.hopper_together(N // H), TILES=pairs, UNITS=units,
+            PROGRAMS=programs, STAGES=tile.stages, **constants,
+        )  # fmt: skip
+
+    return launch.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *walks, *last)
