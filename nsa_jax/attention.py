@@ -1,10 +1,11 @@
 """Native Sparse Attention: the compressed, selected and sliding branches, gated and added."""
 
+import functools
 from typing import Literal
 
 import jax
 
-from nsa_jax import branches, checks, reference
+from nsa_jax import branches, checks, meshes, reference
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
 from nsa_jax.rows.queries import Row, locate
@@ -134,11 +135,14 @@ def native_sparse_attention(
 
     arrays = Arrays(query, key, value, compressed_key, compressed_value)
     routing = Routing(segment_ids, query_indices, block_indices, checks.as_int32(block_counts))
-    return _attend(config, checks.resolve_implementation(implementation), arrays, gates, routing)
+    leaves, tree = jax.tree.flatten((arrays, gates, routing))
+    attend = functools.partial(_attend, config, checks.resolve_implementation(implementation), tree)
+    return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
 
 
-def _attend(config: Config, implementation: str, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
-    """`native_sparse_attention` of checked arguments."""
+def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
+    """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
+    arrays, gates, routing = jax.tree.unflatten(tree, leaves)
     row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
     if row.packed or row.sliced:
         gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)

@@ -1,10 +1,12 @@
 """Selection: the blocks that each query attends to, by the probabilities of the compressed branch."""
 
+import functools
 from typing import Literal
 
 import jax
+from jax.sharding import PartitionSpec
 
-from nsa_jax import checks, reference
+from nsa_jax import checks, meshes, reference
 from nsa_jax.rows import sight
 from nsa_jax.rows.queries import locate
 
@@ -85,15 +87,14 @@ def select_blocks(
         "num_local_blocks": num_local_blocks,
         "scale": checks.scale(scale, query),
     }
-    return _select(
-        tuple(options.items()),
-        length,
-        checks.resolve_implementation(implementation),
+    select = functools.partial(_select, tuple(options.items()), length, checks.resolve_implementation(implementation))
+    arrays = (
         *jax.lax.stop_gradient((query, compressed_key, lse)),
         checks.as_int32(block_counts),
         checks.segment_ids(segment_ids, query.shape[0], length),
         checks.query_indices(query_indices, query),
     )
+    return meshes.partitioned(select, arrays, lambda query, key, *_: PartitionSpec(*query[:2], key[2], None))
 
 
 def _select(options, length, implementation, query, key, lse, block_counts, segment_ids, query_indices):

@@ -96,7 +96,8 @@ def run(
 
 def tainted(lse: Array, heads: int) -> Array:
     """bool [B, Tq, H]: whose blocks were selected by an lse that is NaN, since a value that was seen is not finite."""
-    return jnp.isnan(lse.reshape(*lse.shape[:2], heads, -1)).any(axis=-1)
+    batch, length, query_heads = lse.shape
+    return jnp.isnan(lse.reshape(batch, length, heads, query_heads // heads)).any(axis=-1)
 
 
 def gated_sum(gates: PerBranch, outputs: PerBranch, query: Array, value: Array) -> Array:

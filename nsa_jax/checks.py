@@ -147,6 +147,27 @@ def tokens(name: str, x: Array) -> None:
         raise ValueError(f"{name}: expected at least one token, got {list(x.shape)}")
 
 
+def features(name: str, x: Array) -> tuple[int, int, int]:
+    """x [B, T, features] of a float dtype; its shape."""
+    _shape(name, x, ("B", "T", "features"))
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
+    return x.shape
+
+
+def head_width(name: str, width: int) -> int:
+    """A width of heads that the ops take."""
+    width = integer(name, width, 1)
+    if width % 4 or width > MOST_WIDTH:
+        raise ValueError(f"{name}: expected a multiple of 4 from 4 to {MOST_WIDTH}, got {_short(width)}")
+    return width
+
+
+def token_ids(name: str, tokens: Array) -> tuple[int, int]:
+    """Token numbers [B, T] of an integer dtype; their shape."""
+    return _integer_array(name, tokens, ("B", "T")).shape
+
+
 def block_size(size: int) -> int:
     """A power of two from 16 to 128."""
     size = integer("block_size", size, 1)

@@ -1,10 +1,11 @@
 """The compressed branch: attention to the windows of the query's segment that are complete."""
 
+import functools
 from typing import Literal
 
 import jax
 
-from nsa_jax import checks, reference
+from nsa_jax import checks, meshes, reference
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
 
@@ -56,18 +57,22 @@ def compressed_attention(
     window, stride = checks.windows(window, stride)
     length = checks.key_length(key_length, query, query_indices, segment_ids)
     checks.attention_arrays(query, compressed_key, compressed_value, length // stride, prefix="compressed_")
-    results = _attend(
+    attend = functools.partial(
+        _attend,
         window,
         stride,
         length,
         checks.scale(scale, query),
         checks.resolve_implementation(implementation),
+    )
+    arrays = (
         query,
         compressed_key,
         compressed_value,
         checks.segment_ids(segment_ids, query.shape[0], length),
         checks.query_indices(query_indices, query),
     )
+    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
     return results if return_residual else results[0]
 
 

@@ -8,8 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from nsa_jax import checks
+from nsa_jax import checks, meshes
 from nsa_jax.launch import vary_together
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
@@ -36,10 +37,14 @@ def compress(x: Array, *, window: int, stride: int, segment_ids: Array | None = 
         ValueError: a shape, window or stride is not as above.
     """
     window, stride, segment_ids = _checked(x, window, stride, segment_ids)
+    pool = functools.partial(_compress, window, stride)
+    return meshes.partitioned(pool, (x, segment_ids), lambda x, *_: PartitionSpec(x[0], None, *x[2:]))
+
+
+def _compress(window: int, stride: int, x: Array, segment_ids: Array | None) -> Array:
     batch, length, heads, width = x.shape
     if segment_ids is not None or length < window:
-        windows = gather_windows(x.astype(jnp.float32), window=window, stride=stride, segment_ids=segment_ids)
-        return windows.mean(axis=2).astype(x.dtype)
+        return _gather_windows(window, stride, x.astype(jnp.float32), segment_ids).mean(axis=2).astype(x.dtype)
     slots = length // stride
     parts = x[:, : slots * stride].reshape(batch, slots, stride, heads, width).sum(axis=2, dtype=jnp.float32)
     total = sum(_shifted(parts, window // stride))
@@ -64,6 +69,11 @@ def gather_windows(x: Array, *, window: int, stride: int, segment_ids: Array | N
         ValueError: a shape, window or stride is not as above.
     """
     window, stride, segment_ids = _checked(x, window, stride, segment_ids)
+    gather = functools.partial(_gather_windows, window, stride)
+    return meshes.partitioned(gather, (x, segment_ids), lambda x, *_: PartitionSpec(x[0], None, None, *x[2:]))
+
+
+def _gather_windows(window: int, stride: int, x: Array, segment_ids: Array | None) -> Array:
     batch, length, heads, width = x.shape
     slots = length // stride
     if length < window:

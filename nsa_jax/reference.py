@@ -201,8 +201,9 @@ def selected_attention(
 
     def chunk(query, block_indices, unclean, start, place, valid):
         block_indices = block_indices.transpose(0, 2, 1, 3)  # [B, H, t, S]
-        none = jnp.zeros((*block_indices.shape[:-1], num_blocks), bool)
-        chosen = jnp.put_along_axis(none, block_indices, True, axis=-1, inplace=False, mode="drop")
+        none = jnp.zeros(num_blocks, bool)
+        mark = jax.vmap(jax.vmap(jax.vmap(lambda blocks: none.at[blocks].set(True, mode="drop"))))
+        chosen = mark(block_indices)  # [B, H, t, J]
         chosen = jax.vmap(lambda row, block: row[..., block])(chosen, key_block)  # [B, H, t, T]
         causal = _within(start, jnp.where(valid, place + 1, 0), length)
         return _attend(query, keys, chosen & causal[:, None], scale, unclean.transpose(0, 2, 1))
@@ -289,7 +290,7 @@ def _attend(
     total = jnp.where(total == 0, 1.0, total)
     output = jnp.einsum("bhgts,bshv->bthgv", weights, keys.value.astype(jnp.float32), precision=_precision())
     output = output / total.transpose(0, 3, 1, 2)[..., None]
-    output = output.reshape(batch, length, heads, -1).astype(query.dtype)
+    output = output.reshape(batch, length, heads, keys.value.shape[-1]).astype(query.dtype)
     lse = of_queries(peak + jnp.log(total))
     nothing, nan = jnp.zeros((), output.dtype), jnp.asarray(jnp.nan, output.dtype)
     output = jnp.where(sees[..., None], jnp.where(lost[..., None], nan, output), nothing)

@@ -1,10 +1,11 @@
 """Selected attention: every query attends to the blocks chosen for it (arXiv 2502.11089, equation 12)."""
 
+import functools
 from typing import Literal
 
 import jax
 
-from nsa_jax import checks, reference
+from nsa_jax import checks, meshes, reference
 from nsa_jax.rows.queries import locate
 
 Array = jax.Array
@@ -57,10 +58,13 @@ def selected_attention(
     block_indices = checks.block_indices(block_indices, query, key)
     if block_counts is not None:
         block_counts = checks.as_int32(checks.block_counts(block_counts, query, key))
-    results = _attend(
+    attend = functools.partial(
+        _attend,
         checks.block_size(block_size),
         checks.scale(scale, query),
         checks.resolve_implementation(implementation),
+    )
+    arrays = (
         query,
         key,
         value,
@@ -69,6 +73,7 @@ def selected_attention(
         checks.segment_ids(segment_ids, *key.shape[:2]),
         checks.query_indices(query_indices, query),
     )
+    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
     return results if return_residual else results[0]
 
 

@@ -1,10 +1,11 @@
 """The sliding branch: attention to the last `window_size` tokens of the query's segment."""
 
+import functools
 from typing import Literal
 
 import jax
 
-from nsa_jax import checks, reference
+from nsa_jax import checks, meshes, reference
 from nsa_jax.rows.intervals import sliding_intervals
 from nsa_jax.rows.queries import locate
 
@@ -49,16 +50,20 @@ def sliding_window_attention(
         ImportError: implementation is "triton", and Triton or jax-triton is not installed.
     """
     checks.attention_arrays(query, key, value, checks.query_length(query, query_indices))
-    results = _attend(
+    attend = functools.partial(
+        _attend,
         checks.window_size(window_size),
         checks.scale(scale, query),
         checks.resolve_implementation(implementation),
+    )
+    arrays = (
         query,
         key,
         value,
         checks.segment_ids(segment_ids, *key.shape[:2]),
         checks.query_indices(query_indices, query),
     )
+    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
     return results if return_residual else results[0]
 
 

@@ -9,7 +9,6 @@ from nsa_jax import checks
 from nsa_jax.linen.compression import MLPCompression
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
 from nsa_jax.linen.rope import rotate
-from nsa_jax.rows.segments import layout
 from nsa_jax.rows.windows import window_starts
 
 Array = jax.Array
@@ -60,15 +59,17 @@ class NativeSparseAttention(Projections):
 
         Args:
             x: [B, T, features].
-            segment_ids: int32 [B, T], or None for one segment per row; negative is padding.
+            segment_ids: integers [B, T], or None for one segment per row; negative is padding.
 
         Returns:
             [B, T, out_features]; on padding the bias of the last projection, 0 without one.
 
         Raises:
-            ValueError: a field is out of range, or fields contradict each other.
+            ValueError, TypeError: a field is out of range or contradicts another, or x or segment_ids has a wrong shape
+                or dtype.
         """
-        batch, length, features = x.shape
+        segment_ids, tokens = self.positions(x, segment_ids)
+        features = x.shape[-1]
         kv_heads, width, value_width = self.widths(features)
         branches = self._branches_in_use()
         copies, copy_axes = ((len(branches),), ("branches",)) if self.separate_keys else ((), ())
@@ -78,7 +79,6 @@ class NativeSparseAttention(Projections):
         value = self.project("value", (*copies, kv_heads, value_width), (*copy_axes, *KV_HEADS))(x)
         gate = nn.sigmoid(self.project("gate", (len(branches), self.num_heads), ("branches", "heads"))(x))
 
-        tokens = layout(segment_ids, batch, length)
         query = self._rotate(query, tokens.position)
         keys, values = self._by_branch(key, branches), self._by_branch(value, branches)
         if self.separate_keys:

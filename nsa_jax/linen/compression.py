@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from nsa_jax.linen.logical_axes import with_logical_axes
+
 Array = jax.Array
 
 
@@ -29,7 +31,7 @@ class MLPCompression(nn.Module):
     def __call__(self, windows: Array) -> Array:
         """windows [B, C, l, H, D] -> [B, C, H, D]."""
         batch, slots, window, heads, width = windows.shape
-        position_init = nn.with_logical_partitioning(self.embedding_init, ("window", "kv"))
+        position_init = with_logical_axes(self.embedding_init, ("window", "kv"))
         position = self.param("position", position_init, (window, width), self.param_dtype)
         windows, position = nn.dtypes.promote_dtype(windows, position, dtype=self.dtype)
         windows = windows + position[None, None, :, None, :]
@@ -42,7 +44,7 @@ class MLPCompression(nn.Module):
             features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.with_logical_partitioning(self.kernel_init, axes),
-            bias_init=nn.with_logical_partitioning(self.bias_init, axes[1:]),
+            kernel_init=with_logical_axes(self.kernel_init, axes),
+            bias_init=with_logical_axes(self.bias_init, axes[1:]),
             name=name,
         )

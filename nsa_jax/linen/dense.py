@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from nsa_jax import launch
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
 from nsa_jax.linen.rope import rotate
-from nsa_jax.rows.segments import clear_padding, layout
+from nsa_jax.rows.segments import clear_padding
 
 Array = jax.Array
 
@@ -24,15 +24,15 @@ class DenseAttention(Projections):
 
     @nn.compact
     def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
-        """x [B, T, features], segment_ids int32 [B, T] (negative: padding, output 0) -> [B, T, out_features]."""
-        batch, length, features = x.shape
+        """x [B, T, features], segment_ids integers [B, T] (negative: padding, output 0) -> [B, T, out_features]."""
+        segment_ids, tokens = self.positions(x, segment_ids)
+        length, features = x.shape[1:]
         kv_heads, width, value_width = self.widths(features)
         if value_width != width:
             raise ValueError(f"value_dim: expected head_dim={width}, got {value_width}")
         query = self.project("query", (self.num_heads, width), HEADS)(x)
         key = self.project("key", (kv_heads, width), KV_HEADS)(x)
         value = self.project("value", (kv_heads, width), KV_HEADS)(x)
-        tokens = layout(segment_ids, batch, length)
         if self.rope_theta is not None:
             query, key = (rotate(y, tokens.position, theta=self.rope_theta) for y in (query, key))
         in_segment = tokens.start[:, :, None] == tokens.start[:, None, :]

@@ -6,11 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 import nsa_jax
+from nsa_jax import checks, meshes
 from nsa_jax.linen import dense
 from nsa_jax.linen.attention import NativeSparseAttention
 from nsa_jax.linen.config import TransformerConfig
+from nsa_jax.linen.logical_axes import with_logical_axes
 
 Array = jax.Array
 
@@ -26,7 +29,7 @@ class NSATransformer(nn.Module):
     """Tokens to logits.
 
     Layers are under `nn.scan`: their parameters have a leading axis, logically named "layers". Parameters are boxed by
-    `nn.with_logical_partitioning` with the axes "vocab", "embed", "heads", "kv_heads", "kv", "branches", "mlp",
+    `LogicalAxes` with the axes "vocab", "embed", "heads", "kv_heads", "kv", "branches", "mlp",
     "window" and "window_kv"; `flax.linen.unbox` takes the boxes off.
 
     Attributes:
@@ -39,12 +42,13 @@ class NSATransformer(nn.Module):
     def __call__(self, tokens: Array, segment_ids: Array | None = None) -> Array:
         """tokens int32 [B, T], segment_ids int32 [B, T] or None -> logits float32 [B, T, vocab_size]."""
         config = self.config
+        checks.segment_ids(segment_ids, *checks.token_ids("tokens", tokens))
         embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            embedding_init=with_logical_axes(nn.initializers.normal(0.02), ("vocab", "embed")),
             name="embed",
         )
         layer = nn.remat(Layer, policy=remat_policy(), prevent_cse=False) if config.remat else Layer
@@ -56,11 +60,21 @@ class NSATransformer(nn.Module):
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(config, name="layers")(embed(tokens), segment_ids)
+        x, _ = layers(config, name="layers")(_look_up(embed, tokens), segment_ids)
         x = _norm(config, "norm")(x)
         if config.tie_embeddings:
             return embed.attend(x).astype(jnp.float32)
         return _dense(config, config.vocab_size, ("embed", "vocab"), "head", _lecun_normal)(x).astype(jnp.float32)
+
+
+def _look_up(embed: nn.Embed, tokens: Array) -> Array:
+    """embed(tokens), on a mesh with explicit axes too, where JAX takes rows of a table only if told their sharding."""
+    (table,) = embed.promote_dtype(embed.embedding, dtype=embed.dtype, inexact=False)
+
+    def take(tokens, table):
+        return jnp.take(table, tokens, axis=0)
+
+    return meshes.partitioned(take, (tokens, table), lambda tokens, _: PartitionSpec(*tokens, None))
 
 
 class Layer(nn.Module):
@@ -105,7 +119,7 @@ def _norm(config: TransformerConfig, name: str) -> nn.RMSNorm:
         epsilon=config.norm_epsilon,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)),
+        scale_init=with_logical_axes(nn.initializers.ones_init(), ("embed",)),
         name=name,
     )
 
@@ -116,6 +130,6 @@ def _dense(config: TransformerConfig, features: int, axes: tuple[str, str], name
         use_bias=False,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        kernel_init=nn.with_logical_partitioning(init, axes),
+        kernel_init=with_logical_axes(init, axes),
         name=name,
     )

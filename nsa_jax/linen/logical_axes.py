@@ -1,0 +1,32 @@
+"""Parameters with logical axis names, in Linen and, through `flax.nnx.bridge`, in NNX."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+
+
+class LogicalAxes(nn.LogicallyPartitioned):
+    """A parameter with names for its axes, which say nothing of a mesh until rules map them to one.
+
+    `nnx.bridge.ToNNX` keeps the names as metadata and, as in Linen, places no array by them.
+    """
+
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """The metadata of an `nnx.Variable`."""
+        return {
+            "value": self.value,
+            "out_sharding": self.names,
+            "sharding_rules": self.rules,
+            "mesh": self.mesh,
+            "eager_sharding": False,
+        }
+
+
+def with_logical_axes(init: Callable, names: tuple[str, ...]) -> Callable:
+    """The initialiser, its result boxed with the names of its axes."""
+
+    def boxed(*arguments, **options):
+        return LogicalAxes(init(*arguments, **options), names)
+
+    return boxed
