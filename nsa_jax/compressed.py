@@ -2,8 +2,9 @@
 
 import jax
 
-from nsa_jax import checks, interval, launch, reference, segments
+from nsa_jax import checks, interval, reference, segments
 from nsa_jax.residuals import nothing_seen
+from nsa_jax.runtime import device, transforms
 
 Array = jax.Array
 
@@ -62,10 +63,10 @@ def _triton(query, key, value, *, window, stride, scale, segment_ids):
     B, T = query.shape[:2]
     if window > T:
         return nothing_seen(query, value)
-    query, key, value, segment_ids = launch.vary_together((query, key, value, segment_ids))
+    query, key, value, segment_ids = transforms.vary_together((query, key, value, segment_ids))
     tokens = segments.layout(segment_ids, B, T)
     intervals = segments.window_intervals(tokens, window, stride)
     query = segments.clear_padding(query, segment_ids)
     key, value = (segments.clear_empty_slots(x, intervals) for x in (key, value))
-    spec = interval.Spec("compressed", scale, launch.dot_precision())
+    spec = interval.Spec("compressed", scale, device.dot_precision())
     return interval.attend(spec, query, key, value, intervals)

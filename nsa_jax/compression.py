@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import checks, segments
-from nsa_jax.launch import vary_together
+from nsa_jax.runtime.transforms import vary_together
 
 Array = jax.Array
 

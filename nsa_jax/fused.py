@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import interval, launch, segments, selected, tiling
+from nsa_jax import interval, segments, selected, tiling
 from nsa_jax.interval_hopper import Addends
 from nsa_jax.residuals import Branch, name_residuals
+from nsa_jax.runtime import device, transforms
 from nsa_jax.selection import select_blocks
 from nsa_jax.walk import choose
 
@@ -78,7 +79,7 @@ def gated_sum(gates: Gates, outputs: Gates, query: Array, value: Array) -> Array
 
 def attend(config: Config, arrays: Arrays, gates: Gates, routing: Routing) -> Array:
     """`native_sparse_attention` of checked arguments by the Triton kernels: [B, T, N, V]."""
-    arrays, gates, routing = launch.vary_together((arrays, gates, routing))
+    arrays, gates, routing = transforms.vary_together((arrays, gates, routing))
     clear = functools.partial(segments.clear_padding, segment_ids=routing.segment_ids)
     arrays = arrays._replace(query=clear(arrays.query), key=clear(arrays.key), value=clear(arrays.value))
     return _attend(config, arrays, gates, routing)
@@ -96,7 +97,7 @@ def _one_pass(config: Config, gates: Gates) -> bool:
 
 
 def _specs(config: Config, gates: Gates, length: int) -> tuple[interval.Spec, selected.Spec, interval.Spec]:
-    precision = launch.dot_precision()
+    precision = device.dot_precision()
     window = config.window_size if _one_pass(config, gates) else 0
     return (
         interval.Spec("compressed", config.scale, precision),

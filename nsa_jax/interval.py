@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import interval_hopper, launch, tiling
+from nsa_jax import interval_hopper, tiling
 from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
+from nsa_jax.runtime import device, launch, transforms
 from nsa_jax.segments import Intervals
 
 Array = jax.Array
@@ -19,7 +20,7 @@ class Spec(NamedTuple):
     Attributes:
         branch: "compressed" or "sliding", for names in profiles and checkpoint policies.
         scale: factor on the scores.
-        precision: of float32 products, see `launch.dot_precision`.
+        precision: of float32 products, see `device.dot_precision`.
         reach: most queries that see one key, 0 if any number can.
     """
 
@@ -38,7 +39,7 @@ def _shape(query: Array, key: Array, value: Array, spec: Spec) -> dict:
 
 
 def _pick(choose, kernel, shape: dict, dtype) -> tiling.Tile:
-    capability = launch.capability_of(kernel)
+    capability = device.capability_of(kernel)
     return choose(capability, sum(shape["K_PARTS"]) + sum(shape["V_PARTS"]), dtype.itemsize)
 
 
@@ -63,7 +64,7 @@ def forward_and_sum(
 ) -> tuple[Array | None, Array, Array]:
     """(output [B, T, N, V] if it is kept, lse float32 [B, T, N], gated sum [B, T, N, V])."""
     pairs = _pairs(query.shape[1], key.shape[1], spec)
-    return interval_hopper.forward(query, key, value, intervals, spec.scale, pairs, addends)
+    return interval_hopper.forward(spec.branch, query, key, value, intervals, spec.scale, pairs, addends)
 
 
 def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: Spec) -> tuple[Array, Array]:
@@ -74,7 +75,7 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
         return nothing_seen(query, value)
     if _on_hopper(query, key, value, spec):
         pairs = _pairs(query.shape[1], key.shape[1], spec)
-        return interval_hopper.forward(query, key, value, intervals, spec.scale, pairs)[:2]
+        return interval_hopper.forward(spec.branch, query, key, value, intervals, spec.scale, pairs)[:2]
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_forward, kernels.forward, shape, query.dtype)
 
@@ -84,13 +85,14 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
             kernels.forward, query, *launch.key_tiles(kernels.forward, tile.keys, key, value), key_begin, key_end,
+            name=f"{spec.branch}_forward",
             outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (K + V),
             ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, **shape,
         )  # fmt: skip
 
-    output, lse = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end)
+    output, lse = transforms.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end)
     return output, lse
 
 
@@ -112,6 +114,7 @@ def backward_query(
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
             kernels.backward_query, query, *launch.key_tiles(kernels.backward_query, tile.keys, key, value), *arrays,
+            name=f"{spec.branch}_backward_query",
             outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (2 * K + V),
@@ -119,7 +122,7 @@ def backward_query(
             HAS_BEFORE=before is not None, **shape,
         )  # fmt: skip
 
-    d_query, delta = launch.fold_vmap(run)(
+    d_query, delta = transforms.fold_vmap(run)(
         query, key, value, branch.output, d_output, *or_placeholders(branch, query, before),
         intervals.key_begin, intervals.key_end,
     )  # fmt: skip
@@ -138,7 +141,7 @@ def backward_key_value(
     if interval_hopper.fits(query, value, spec.scale):
         pairs = _pairs(query.shape[1], key.shape[1], spec)
         return interval_hopper.backward_key_value(
-            query, key, value, d_output, branch, delta, intervals, spec.scale, pairs, spec.reach
+            spec.branch, query, key, value, d_output, branch, delta, intervals, spec.scale, pairs, spec.reach
         )
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_key_value, kernels.backward_key_value, shape, query.dtype)
@@ -153,6 +156,7 @@ def backward_key_value(
         kind = key.dtype if splits == 1 else jnp.float32
         d_key, d_value = launch.launch(
             kernels.backward_key_value, query, key, value, d_output, *arrays,
+            name=f"{spec.branch}_backward_key_value",
             outputs=tuple(jax.ShapeDtypeStruct((splits, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * splits * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (2 * K + 2 * V),
@@ -160,7 +164,7 @@ def backward_key_value(
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
-    d_key, d_value = launch.fold_vmap(run)(
+    d_key, d_value = transforms.fold_vmap(run)(
         query, key, value, d_output, branch.lse, delta, branch.weight, intervals.query_begin, intervals.query_end
     )
     return d_key, d_value

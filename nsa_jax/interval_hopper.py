@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
 from nsa_jax.residuals import Branch
+from nsa_jax.runtime import device, launch, transforms
 from nsa_jax.segments import Intervals
 
 Array = jax.Array
@@ -31,7 +32,7 @@ def fits(query: Array, value: Array, scale: float) -> bool:
     from nsa_jax.kernels import interval
 
     (_, _, N, K), (_, _, H, V) = query.shape, value.shape
-    capability = launch.capability_of(interval.forward)  # 0 in Triton's interpreter, which does not know Gluon
+    capability = device.capability_of(interval.forward)  # 0 in Triton's interpreter, which does not know Gluon
     return scale > 0 and tiling.interval_hopper(capability, (K, V), query.dtype.itemsize, N // H)
 
 
@@ -46,12 +47,12 @@ def fits_sum(query: Array, value: Array) -> bool:
 
 
 def forward(
-    query: Array, key: Array, value: Array, intervals: Intervals, scale: float, pairs: int,
+    branch_name: str, query: Array, key: Array, value: Array, intervals: Intervals, scale: float, pairs: int,
     addends: Addends | None = None,
 ) -> tuple[Array | None, Array, Array | None]:  # fmt: skip
     """(output [B, T, N, V], lse float32 [B, T, N]), as `interval.forward` gives them, and the sum of the addends.
 
-    pairs: about how many (query, key) pairs a head computes, for profiles.
+    branch_name: "compressed" or "sliding"; pairs: about how many (query, key) pairs a head computes; for profiles.
     """
     from nsa_jax.kernels import interval_hopper as kernels
 
@@ -62,12 +63,13 @@ def forward(
         (B, T, N, K), V = query.shape, value.shape[3]
         shape = _shape(query, value, scale)
         tiles = -(-T * shape["G"] // tiling.INTERVAL_HOPPER_ROWS)
-        programs = min(tiles * shape["H"] * B, launch.multiprocessors())  # one fits on each
+        programs = min(tiles * shape["H"] * B, device.multiprocessors())  # one fits on each
         whole = jax.ShapeDtypeStruct((B, T, N, V), query.dtype)
         placeholder = jax.ShapeDtypeStruct((B, 1, 1, 1), query.dtype)
         return launch.launch(
             kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
             key_begin, key_end, *summed, *[key_begin] * (5 - len(summed)),
+            name=f"{branch_name}_forward",
             outputs=(
                 whole if keep else placeholder,
                 jax.ShapeDtypeStruct((B, T, N), jnp.float32),
@@ -78,17 +80,17 @@ def forward(
             STAGES=tiling.interval_hopper_stages(K, V), **shape,
         )  # fmt: skip
 
-    output, lse, total = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end, *summed)
+    output, lse, total = transforms.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end, *summed)
     return output if keep else None, lse, total if summed else None
 
 
 def backward_key_value(
-    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, delta: Array, intervals: Intervals,
-    scale: float, pairs: int, reach: int,
+    branch_name: str, query: Array, key: Array, value: Array, d_output: Array, branch: Branch, delta: Array,
+    intervals: Intervals, scale: float, pairs: int, reach: int,
 ) -> tuple[Array, Array]:  # fmt: skip
     """(d_key [B, C, H, K], d_value [B, C, H, V]), as `interval.backward_key_value` gives them.
 
-    reach: most queries that see one key, 0 if any number can.
+    branch_name: for profiles; reach: most queries that see one key, 0 if any number can.
     """
     from nsa_jax.kernels import interval_hopper_keys as kernels
 
@@ -101,6 +103,7 @@ def backward_key_value(
         d_key, d_value = launch.launch(
             kernels.backward_key_value, launch.row_pieces(query, shape["G"]), launch.key_pieces(key),
             launch.key_pieces(value), launch.row_pieces(d_output, shape["G"]), *arrays,
+            name=f"{branch_name}_backward_key_value",
             outputs=tuple(jax.ShapeDtypeStruct((shares, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * shares * H * B, warps=4, stages=1, registers=tiling.HOPPER_KEYS_REGISTERS,
             flops=2 * B * N * pairs * (2 * K + 2 * V),
@@ -108,7 +111,7 @@ def backward_key_value(
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
-    d_key, d_value = launch.fold_vmap(run)(
+    d_key, d_value = transforms.fold_vmap(run)(
         query, key, value, d_output, branch.lse, delta, branch.weight, intervals.query_begin, intervals.query_end
     )
     return d_key, d_value

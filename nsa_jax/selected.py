@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import checks, launch, reference, segments, selected_hopper, tiling
+from nsa_jax import checks, reference, segments, selected_hopper, tiling
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
+from nsa_jax.runtime import device, launch, transforms
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import Choice, PairedWalks, Walks, choose, walks, walks_in_pairs
 
@@ -21,7 +22,7 @@ class Spec(NamedTuple):
     Attributes:
         block_size: keys in a block.
         scale: factor on the scores.
-        precision: of float32 products, see `launch.dot_precision`.
+        precision: of float32 products, see `device.dot_precision`.
         window_size: keys in the sliding window that is attended to in the same pass; 0 for none.
     """
 
@@ -98,12 +99,12 @@ def selected_attention(
 def _triton(query, key, value, block_indices, *, block_counts, block_size, scale, segment_ids):
     if block_counts is not None:
         block_counts = jnp.asarray(block_counts, jnp.int32)
-    query, key, value, block_indices, block_counts, segment_ids = launch.vary_together(
+    query, key, value, block_indices, block_counts, segment_ids = transforms.vary_together(
         (query, key, value, block_indices, block_counts, segment_ids)
     )
     query, key, value = (segments.clear_padding(x, segment_ids) for x in (query, key, value))
     choice = choose(block_indices, block_counts, segment_ids, block_size)
-    spec = Spec(block_size, scale, launch.dot_precision())
+    spec = Spec(block_size, scale, device.dot_precision())
     return attend(spec, query, key, value, route(query, value, choice, spec))
 
 
@@ -138,10 +139,13 @@ def _hopper_tile(query: Array, value: Array, spec: Spec) -> tiling.HopperTile | 
     return selected_hopper.tile_for(query, value, spec.block_size, spec.scale, spec.window_size)
 
 
-def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, **constants) -> list[Array]:
+def _walk(
+    name: str, kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, **constants
+) -> list[Array]:
     """Runs a kernel that goes from the queries' side.
 
     Args:
+        name: of the pass, for profiles.
         kernel: of kernels/selected.py.
         pick: of tiling.py, gives its tile.
         arrays: query, key, value and what else it takes before the place.
@@ -153,7 +157,7 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
     """
     query, _, value = arrays[:3]
     constants |= _constants(query, value, spec)
-    S, G, capability = _wanted(routes.choice), constants["G"], launch.capability_of(kernel)
+    S, G, capability = _wanted(routes.choice), constants["G"], device.capability_of(kernel)
     tile = pick(capability, _columns(constants), query.dtype.itemsize, G, spec.block_size)
     tokens = tiling.selected_tokens(G)
 
@@ -161,7 +165,7 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
         B, T, N, _ = query.shape
         tiles = -(-T // tokens)
         return launch.launch(
-            kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays,
+            kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays, name=name,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=tiles * constants["H"] * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * products,
@@ -169,7 +173,7 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
             AHEAD=tiling.selected_ahead(capability), TILES=tiles, **constants,
         )  # fmt: skip
 
-    return launch.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks)
+    return transforms.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks)
 
 
 def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
@@ -186,7 +190,9 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
     outputs = (*branch, *(branch if spec.window_size else placeholder))
     arrays = (query, key, value)
-    output, lse, *sliding = _walk(kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec)
+    output, lse, *sliding = _walk(
+        "selected_forward", kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec
+    )
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
@@ -211,7 +217,7 @@ def backward_query(
     lse, d_lse, weight, into = or_placeholders(branches[0], query, before)
     near = branches[-1]
     d_query, *deltas = _walk(
-        kernels.backward_query, tiling.selected_backward_query,
+        "selected_backward_query", kernels.backward_query, tiling.selected_backward_query,
         (
             query, key, value, d_output, branches[0].output, lse, weight, near.output, near.lse, near.weight,
             d_lse, into,
@@ -234,7 +240,7 @@ def backward_key_value(
     if S == 0:
         return jnp.zeros_like(key), jnp.zeros_like(value)
     constants = _constants(query, value, spec)
-    capability = launch.capability_of(kernels.backward_key_value)
+    capability = device.capability_of(kernels.backward_key_value)
     tile = tiling.selected_backward_key_value(capability, _columns(constants), key.dtype.itemsize, spec.block_size)
     chunk = tiling.selected_chunk(capability)
     stretch = tiling.selected_stretch(capability)
@@ -260,6 +266,7 @@ def backward_key_value(
         else:
             d_key, d_value, d_key_more, d_value_more = launch.launch(
                 kernels.backward_key_value, query, key, value, *arrays, *items.of_kernels(), blocks.begin, blocks.end,
+                name="selected_backward_key_value",
                 outputs=outputs, programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps,
                 stages=tile.stages, flops=flops,
                 BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
@@ -274,7 +281,7 @@ def backward_key_value(
 
     singles = walks(choice, 1, spec.block_size, spec.window_size)
     rows = [(branch.lse, delta, branch.weight) for branch, delta in zip(branches, deltas, strict=True)]
-    d_key, d_value = launch.fold_vmap(run)(
+    d_key, d_value = transforms.fold_vmap(run)(
         query, key, value, d_output, *rows[0], *rows[-1], choice.place, *singles, *choice.blocks
     )
     return d_key, d_value
@@ -288,7 +295,7 @@ def _combine(first: Array, rest: Array, further: Array, blocks: Blocks, dtype) -
     more, block_size = rest.shape[2:4]
     programs, keys = -(-C // block_size), 16
     (total,) = launch.launch(
-        kernels.combine, first, rest, further, blocks.begin, blocks.end, blocks.count,
+        kernels.combine, first, rest, further, blocks.begin, blocks.end, blocks.count, name="selected_combine",
         outputs=(jax.ShapeDtypeStruct(first.shape, dtype),),
         programs=block_size // keys * programs * H * B, warps=4, stages=2, flops=rest.size,
         C=C, H=H, D=D, BLOCK=block_size, KEYS=keys, BLOCKS=blocks.begin.shape[1], MORE=more, PROGRAMS=programs,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
 from nsa_jax.inverse import Items
 from nsa_jax.residuals import Branch, or_placeholders
+from nsa_jax.runtime import device, launch, transforms
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import PairedWalks
 
@@ -21,7 +22,7 @@ def tile_for(query: Array, value: Array, block_size: int, scale: float, window_s
     from nsa_jax.kernels import selected
 
     (_, _, N, K), (_, _, H, V) = query.shape, value.shape
-    capability = launch.capability_of(selected.forward)  # 0 in Triton's interpreter, which does not know Gluon
+    capability = device.capability_of(selected.forward)  # 0 in Triton's interpreter, which does not know Gluon
     return tiling.selected_hopper(capability, (K, V), query.dtype.itemsize, N // H, block_size)
 
 
@@ -35,7 +36,7 @@ def forward(
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     output, lse = _walk(
-        kernels.forward, (query, key, value), outputs, K + V, place, walks, tile, block_size, scale
+        "selected_forward", kernels.forward, (query, key, value), outputs, K + V, place, walks, tile, block_size, scale
     )  # fmt: skip
     return output, lse
 
@@ -51,9 +52,10 @@ def backward_query(
     outputs = jax.ShapeDtypeStruct((T, N, K), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     lse, d_lse, weight, into = or_placeholders(branch, query, before)
     d_query, delta = _walk(
-        kernels.backward_query, (query, key, value, d_output, branch.output, lse, weight, d_lse, into), outputs,
-        2 * K + V, place, walks, tile, block_size, scale,
-        HAS_D_LSE=branch.d_lse is not None, HAS_BEFORE=before is not None,
+        "selected_backward_query", kernels.backward_query,
+        (query, key, value, d_output, branch.output, lse, weight, d_lse, into), outputs,
+        2 * K + V, place, walks, tile, block_size, scale, HAS_D_LSE=branch.d_lse is not None,
+        HAS_BEFORE=before is not None,
     )  # fmt: skip
     return d_query, delta
 
@@ -76,7 +78,7 @@ def backward_key_value(
     return launch.launch(
         kernels.backward_key_value, launch.token_pieces(query, N // H), launch.key_pieces(key),
         launch.key_pieces(value), launch.token_pieces(d_output, N // H), lse, delta, weight, place,
-        *items.of_kernels(), blocks.begin, blocks.end,
+        *items.of_kernels(), blocks.begin, blocks.end, name="selected_backward_key_value",
         outputs=outputs, programs=block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
         registers=tiling.HOPPER_KEYS_REGISTERS, flops=flops,
         T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=scale, BLOCK=block_size, BLOCKS=blocks.begin.shape[1],
@@ -84,7 +86,7 @@ def backward_key_value(
     )  # fmt: skip
 
 
-def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, scale, **constants) -> list[Array]:
+def _walk(name, kernel, arrays, outputs, products, place, walks, tile, block_size, scale, **constants) -> list[Array]:
     """Runs a kernel on arrays that begin with query, key and value; products: multiplications per head and key."""
     (_, T, N, K), (_, _, H, V) = arrays[0].shape, arrays[2].shape
     pairs, _, entries = walks.begins.shape[2:]
@@ -93,10 +95,10 @@ def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, sca
         B = query.shape[0]
         units = pairs * H * B
         # of programs one fits on each multiprocessor; a pair goes through its share of the units
-        programs = min(units, max(1, launch.multiprocessors() // 2))
+        programs = min(units, max(1, device.multiprocessors() // 2))
         blocks = [launch.key_pieces(x, tile.keys) for x in (key, value)]
         return launch.launch(
-            kernel, query, *blocks, *arrays,
+            kernel, query, *blocks, *arrays, name=name,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=programs, warps=8, stages=1,
             flops=2 * B * T * N * entries // tile.tokens * block_size * products,
@@ -105,4 +107,4 @@ def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, sca
             PROGRAMS=programs, STAGES=tile.stages, **constants,
         )  # fmt: skip
 
-    return launch.fold_vmap(run)(*arrays, place, *walks)
+    return transforms.fold_vmap(run)(*arrays, place, *walks)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import checks, launch, reference, segments, selection_hopper, tiling
+from nsa_jax import checks, reference, segments, selection_hopper, tiling
+from nsa_jax.runtime import device, launch, transforms
 
 Array = jax.Array
 
@@ -93,14 +94,14 @@ def _triton(
     num_blocks = -(-T // block_size)
     S = min(max_block_count, num_blocks)
     counts = jnp.broadcast_to(jnp.asarray(block_counts, jnp.int32), (B, T, H))
-    query, key, lse, counts, segment_ids = launch.vary_together((query, key, lse, counts, segment_ids))
+    query, key, lse, counts, segment_ids = transforms.vary_together((query, key, lse, counts, segment_ids))
     tokens = segments.layout(segment_ids, B, T)
     seen = segments.window_intervals(tokens, window, stride)
     counts = jnp.where(tokens.valid[..., None], jnp.clip(counts, 0, S), 0)
     if key.shape[1] == 0:
         key = jnp.zeros((B, 1, H, K), key.dtype)  # an array the kernel can be given; nobody sees it
 
-    share, capability = block_size // stride, launch.capability_of(kernels.select)
+    share, capability = block_size // stride, device.capability_of(kernels.select)
     tile = tiling.selection(capability, sum(tiling.parts(K)), query.dtype.itemsize, N // H, S, share)
     constants = {
         "S": S, "SCALE": scale, "SHARE": share, "REACH": window // stride, "INIT": min(num_init_blocks, num_blocks),
@@ -114,15 +115,15 @@ def _triton(
             return selection_hopper.select(query, key, *arrays, flops=flops, **constants)
         tiles = -(-T // tile.tokens)
         (block_indices,) = launch.launch(
-            kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays,
+            kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays, name="select_blocks",
             outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
             programs=H * tiles * B if S else 0, warps=tile.warps, stages=tile.stages, flops=flops,
             T=T, C=C, H=H, G=N // H, K=K, TOKENS=tile.tokens, HEADS=tile.heads, KEYS=tile.keys, PARTS=tile.parts,
-            LIST=tile.entries, TILES=tiles, K_PARTS=tiling.parts(K), PRECISION=launch.dot_precision(), **constants,
+            LIST=tile.entries, TILES=tiles, K_PARTS=tiling.parts(K), PRECISION=device.dot_precision(), **constants,
         )  # fmt: skip
         return block_indices
 
-    block_indices = launch.fold_vmap(run)(
+    block_indices = transforms.fold_vmap(run)(
         query, key, lse, counts, tokens.start, tokens.position // block_size, seen.key_begin, seen.key_end
     )
     return jnp.pad(block_indices, ((0, 0),) * 3 + ((0, max_block_count - S),), constant_values=-1)

@@ -2,8 +2,9 @@
 
 import jax
 
-from nsa_jax import checks, interval, launch, reference, segments
+from nsa_jax import checks, interval, reference, segments
 from nsa_jax.residuals import nothing_seen
+from nsa_jax.runtime import device, transforms
 
 Array = jax.Array
 
@@ -57,8 +58,8 @@ def _triton(query, key, value, *, window_size, scale, segment_ids):
     B, T = query.shape[:2]
     if window_size == 0:
         return nothing_seen(query, value)
-    query, key, value, segment_ids = launch.vary_together((query, key, value, segment_ids))
+    query, key, value, segment_ids = transforms.vary_together((query, key, value, segment_ids))
     query, key, value = (segments.clear_padding(x, segment_ids) for x in (query, key, value))
     intervals = segments.sliding_intervals(segments.layout(segment_ids, B, T), window_size)
-    spec = interval.Spec("sliding", scale, launch.dot_precision(), reach=min(window_size, T))
+    spec = interval.Spec("sliding", scale, device.dot_precision(), reach=min(window_size, T))
     return interval.attend(spec, query, key, value, intervals)
