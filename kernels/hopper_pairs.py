@@ -1,8 +1,8 @@
 """Two programs of a Hopper GPU (sm_90) that run as one cluster: barriers of both, copies into both.
 
-A kernel that calls `meet` is launched in clusters of two (nsa_jax/gluon.py): the lowest bit of program_id is a
-program's rank in its pair. Triton knows nothing of it, and the addresses of barriers and tiles that it gives to
-assembly lack the rank, which those of a cluster have in their upper eight bits.
+A kernel that calls `meet` is launched in clusters of two (nsa_jax/runtime/jax_triton_gluon.py): the lowest bit of
+program_id is a program's rank in its pair. Triton knows nothing of it, and the addresses of barriers and tiles that it
+gives to assembly lack the rank, which those of a cluster have in their upper eight bits.
 """
 
 from triton.experimental import gluon

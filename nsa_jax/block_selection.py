@@ -102,10 +102,10 @@ def _select(options, length, implementation, query, key, lse, block_counts, segm
     if implementation == "xla":
         row = locate(segment_ids, query_indices, query.shape[0], length)
         return reference.select_blocks(query, key, lse, row, block_counts=block_counts, **dict(options))
-    from nsa_jax import launch
     from nsa_jax.gpu import block_selection
+    from nsa_jax.runtime import transforms
 
-    query, key, lse, block_counts, segment_ids, query_indices = launch.vary_together(
+    query, key, lse, block_counts, segment_ids, query_indices = transforms.vary_together(
         (query, key, lse, block_counts, segment_ids, query_indices)
     )
     row = locate(segment_ids, query_indices, query.shape[0], length)

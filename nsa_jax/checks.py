@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa_jax import launch
+from nsa_jax.runtime import device
 
 Array = jax.Array
 
@@ -240,11 +240,11 @@ def resolve_implementation(implementation: str | None) -> str:
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected None, 'triton' or 'xla', got {_short(implementation)}")
-    missing = launch.triton_missing()
+    missing = device.triton_missing()
     if implementation == "triton" and missing:
         raise ImportError(f"implementation='triton': {missing}")
     if implementation is None:
-        return "triton" if launch.on_nvidia_gpu() and not missing else "xla"
+        return "triton" if device.on_nvidia_gpu() and not missing else "xla"
     return implementation
 
 

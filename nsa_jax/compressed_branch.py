@@ -85,16 +85,16 @@ def _attend(window, stride, length, scale, implementation, query, key, value, se
 
 
 def _triton(window, stride, length, scale, query, key, value, segment_ids, query_indices):
-    from nsa_jax import launch
     from nsa_jax.gpu import backends, interval
     from nsa_jax.gpu.branch import nothing_seen
+    from nsa_jax.runtime import device, transforms
 
     if window > length:
         return nothing_seen(query, value)
-    query, key, value, segment_ids, query_indices = launch.vary_together(
+    query, key, value, segment_ids, query_indices = transforms.vary_together(
         (query, key, value, segment_ids, query_indices)
     )
     row = locate(segment_ids, query_indices, query.shape[0], length)
     backend = backends.interval(query, value, scale)
-    spec = interval.Spec("compressed", scale, launch.dot_precision(), 0, key.shape[1], backend)
+    spec = interval.Spec("compressed", scale, device.dot_precision(), 0, key.shape[1], backend)
     return interval.attend(spec, query, key, value, row, window_intervals(row, window, stride))

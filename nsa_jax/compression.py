@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from nsa_jax import checks, meshes
-from nsa_jax.launch import vary_together
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
 from nsa_jax.rows.windows import window_starts
+from nsa_jax.runtime.transforms import vary_together
 
 Array = jax.Array
 

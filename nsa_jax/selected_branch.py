@@ -88,13 +88,13 @@ def _attend(block_size, scale, implementation, query, key, value, block_indices,
 
 
 def _triton(block_size, scale, *arrays):
-    from nsa_jax import launch
     from nsa_jax.gpu import backends, selected
     from nsa_jax.gpu.walks import choose
+    from nsa_jax.runtime import device, transforms
 
-    query, key, value, block_indices, block_counts, *places = launch.vary_together(arrays)
+    query, key, value, block_indices, block_counts, *places = transforms.vary_together(arrays)
     row = locate(*places, *key.shape[:2])
     choice = choose(row, block_indices, block_counts, block_size)
     backend = backends.selected(query, value, scale, block_size, 0)
-    spec = selected.Spec(block_size, scale, launch.dot_precision(), 0, backend)
+    spec = selected.Spec(block_size, scale, device.dot_precision(), 0, backend)
     return selected.attend(spec, query, key, value, choice)

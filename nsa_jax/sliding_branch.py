@@ -76,17 +76,17 @@ def _attend(window_size, scale, implementation, query, key, value, segment_ids, 
 
 
 def _triton(window_size, scale, query, key, value, segment_ids, query_indices):
-    from nsa_jax import launch
     from nsa_jax.gpu import backends, interval
     from nsa_jax.gpu.branch import nothing_seen
+    from nsa_jax.runtime import device, transforms
 
     if window_size == 0:
         return nothing_seen(query, value)
-    query, key, value, segment_ids, query_indices = launch.vary_together(
+    query, key, value, segment_ids, query_indices = transforms.vary_together(
         (query, key, value, segment_ids, query_indices)
     )
     row = locate(segment_ids, query_indices, *key.shape[:2])
     seen = min(window_size, row.length)
     backend = backends.interval(query, value, scale)
-    spec = interval.Spec("sliding", scale, launch.dot_precision(), 0 if row.sliced else seen, seen, backend)
+    spec = interval.Spec("sliding", scale, device.dot_precision(), 0 if row.sliced else seen, seen, backend)
     return interval.attend(spec, query, key, value, row, sliding_intervals(row, window_size))

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def hopper():
     """Skips the test unless kernels are compiled for a Hopper GPU."""
-    from nsa_jax import launch
+    from nsa_jax.runtime import device
 
-    if launch.compute_capability() != 90:
+    if device.compute_capability() != 90:
         pytest.skip("needs a Hopper GPU")

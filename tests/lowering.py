@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,18 @@ def largest_tensor(module: str) -> int:
     return max(math.prod(map(int, shape.rstrip("x").split("x"))) for shape in shapes)
 
 
+def names(module: str) -> list[str]:
+    """What profiles call the kernels of a StableHLO module, one name per launch."""
+
+    def character(escape):
+        return escape[1] if escape[1] == "\\" else chr(int(escape[1], 16))
+
+    calls = re.findall(r'@triton_kernel_call\w*\(.*?opaque = "((?:[^"\\]|\\.)*)"', module)
+    messages = (zlib.decompress(re.sub(r"\\(\\|[0-9A-F]{2})", character, call).encode("latin-1")) for call in calls)
+    fields = (re.search(rb"(.)(nsa_(?!jax\b)\w+)", message, re.DOTALL) for message in messages)
+    return [field[2][: field[1][0]].decode() for field in fields]  # its length comes before a name
+
+
 def loops(ptx: str) -> list[str]:
     """What lies between a label and a later branch back to it."""
     lines = ptx.splitlines()
@@ -164,7 +177,7 @@ def compiled(folder: pathlib.Path) -> list[dict]:
     """Of every kernel in JAX_TRITON_DUMP_DIR the name, shared memory in bytes, and what ptxas says about its PTX."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    from nsa_jax import gluon
+    from nsa_jax.runtime import jax_triton_gluon
 
     facts = []
     for info in folder.glob("*/*.compile_info"):
@@ -189,7 +202,7 @@ def compiled(folder: pathlib.Path) -> list[dict]:
                 # tensor maps that assembly names, and those that are no parameters of the kernel
                 "maps": sorted(maps),
                 "unknown_maps": sorted(maps - set(re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", code))),
-                "cluster": gluon.programs_of_cluster(code),
+                "cluster": jax_triton_gluon.programs_of_cluster(code),
                 "barriers": len(re.findall(r"\bbar\.sync", code)),
                 "rounds": [
                     loop.count("bar.sync") for loop in loops(code) if "redux" in loop and "mbarrier" not in loop
@@ -208,6 +221,7 @@ def facts_about(function, arrays) -> dict:
     again = export(restored.call, arrays)
     return {
         "kernels": exported.mlir_module().count("stablehlo.custom_call @triton_kernel_call"),
+        "names": names(exported.mlir_module()),
         "kernels_restored": again.mlir_module().count("stablehlo.custom_call @triton_kernel_call"),
         "largest": largest_tensor(exported.mlir_module()),
         "inputs": sorted(exported.module_kept_var_idx),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import nsa_jax
-from nsa_jax import checks, launch
+from nsa_jax import checks
+from nsa_jax.runtime import device
 
 B, T, N, H, K, V, S = 2, 64, 8, 4, 16, 32, 3
 ARRAYS = {
@@ -223,17 +224,17 @@ def test_good_arguments_pass():
 
 
 def test_implementation_follows_the_device(monkeypatch):
-    monkeypatch.setattr(launch, "triton_missing", lambda: None)
+    monkeypatch.setattr(device, "triton_missing", lambda: None)
     for on_gpu, chosen in ((True, "triton"), (False, "xla")):
-        monkeypatch.setattr(launch, "on_nvidia_gpu", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(device, "on_nvidia_gpu", lambda on_gpu=on_gpu: on_gpu)
         assert checks.resolve_implementation(None) == chosen
         assert checks.resolve_implementation("triton") == "triton"
         assert checks.resolve_implementation("xla") == "xla"
 
 
 def test_missing_triton_is_named(monkeypatch):
-    monkeypatch.setattr(launch, "triton_missing", lambda: "jax_triton not installed; pip install it")
-    monkeypatch.setattr(launch, "on_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(device, "triton_missing", lambda: "jax_triton not installed; pip install it")
+    monkeypatch.setattr(device, "on_nvidia_gpu", lambda: True)
     assert checks.resolve_implementation(None) == "xla"
     with pytest.raises(ImportError, match="implementation='triton': jax_triton not installed; pip install it"):
         call(SLIDING, implementation="triton")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from nsa_jax import compile_ahead
+from nsa_jax.runtime import compile_ahead
 
 
 @pytest.fixture(autouse=True)

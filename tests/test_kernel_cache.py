@@ -9,7 +9,7 @@ import lowering
 import pytest
 from jax_triton.triton_lib import CompilationResult, TensorDescMeta
 
-from nsa_jax import kernel_cache
+from nsa_jax.runtime import kernel_cache
 
 BACKEND = types.SimpleNamespace(parse_options=lambda options: types.SimpleNamespace(hash=lambda: str(options)))
 
@@ -85,16 +85,16 @@ def test_kernels_and_architectures_are_told_apart(folder, other):
     assert process.compiled == ["a", other.get("source", "a")]
 
 
-@pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/hopper_pairs.py", "gluon.py"])
+@pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/hopper_pairs.py", "jax_triton_gluon.py"])
 def test_changed_source(folder, monkeypatch, changed):
     Process()("a")
     copied = shutil.copytree(kernel_cache.kernels.__path__[0], folder / "kernels")
-    shutil.copy(kernel_cache.gluon.__file__, folder / "gluon.py")
+    shutil.copy(kernel_cache.jax_triton_gluon.__file__, folder / "jax_triton_gluon.py")
     if changed:
         with (folder / changed).open("a") as file:
             file.write("\n")
     monkeypatch.setattr(kernel_cache.kernels, "__path__", [str(copied)])
-    monkeypatch.setattr(kernel_cache.gluon, "__file__", str(folder / "gluon.py"))
+    monkeypatch.setattr(kernel_cache.jax_triton_gluon, "__file__", str(folder / "jax_triton_gluon.py"))
     kernel_cache._sources.cache_clear()
     process = Process()
     process("a")

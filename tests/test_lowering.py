@@ -7,6 +7,18 @@ import pytest
 
 from nsa_jax.tiling import SHARED_MEMORY
 
+PASSES = ("forward", "backward_query", "backward_key_value")
+SELECTED = {f"nsa_selected_{part}" for part in (*PASSES, "walk", "combine")}
+SELECTION = {"nsa_select_blocks"}
+COMPRESSED, SLIDING = ({f"nsa_{branch}_{part}" for part in PASSES} for branch in ("compressed", "sliding"))
+NAMES = {
+    "sliding_window_attention": SLIDING,
+    "compressed_attention": COMPRESSED,
+    "select_blocks": SELECTION,
+    "native_sparse_attention": COMPRESSED | SELECTION | SELECTED | SLIDING,
+    "native_sparse_attention, short window": COMPRESSED | SELECTION | SELECTED,
+}
+
 
 # native_sparse_attention has every kernel there is, so the ops by themselves need one architecture
 @pytest.mark.parametrize(
@@ -20,6 +32,8 @@ def test_forward_and_backward_compile(capability, names):
     assert set(facts["ops"]) == {f"{name} {K}/{V}" for name in names for K, V in lowering.WIDTHS}
     for name, op in facts["ops"].items():
         assert op["kernels"] > 0, name
+        # profiles name the branch and the pass
+        assert len(op["names"]) == op["kernels"] and set(op["names"]) == NAMES[name.rsplit(" ", 1)[0]], name
         # an exported function is the same after serialisation
         assert op["kernels_restored"] == op["kernels"], name
         # no argument, segment ids among them, has become a constant
@@ -83,10 +97,10 @@ def test_triton_on_a_cpu_says_what_is_missing():
 
 SET_UP_BY_THREADS = """
 import threading
-from nsa_jax import compile_ahead, launch
+from nsa_jax.runtime import compile_ahead, jax_triton_setup
 install, done = compile_ahead.install, []
 compile_ahead.install = lambda library: (install(library), done.append(library))
-threads = [threading.Thread(target=launch._jax_triton) for _ in range(4)]
+threads = [threading.Thread(target=jax_triton_setup.load) for _ in range(4)]
 for thread in threads:
     thread.start()
 for thread in threads:
@@ -99,7 +113,19 @@ def test_jax_triton_is_set_up_once_whichever_thread_is_first():
     assert int(lowering.script("-c", SET_UP_BY_THREADS)) == 1
 
 
-def test_import_leaves_triton_alone():
-    imported = lowering.script("-c", "import sys, nsa_jax; print(*sys.modules)").split()
-    assert "nsa_jax" in imported
-    assert not {"triton", "jax_triton", "flax"} & set(imported)
+JNP_ALONE = """
+import sys, jax, jax.numpy as jnp, nsa_jax
+x, gate = jnp.ones((1, 40, 1, 16)), jnp.ones((1, 40, 1))
+def loss(x):
+    gates = dict(compressed_gate=gate, selected_gate=gate, sliding_gate=gate)
+    return nsa_jax.native_sparse_attention(x, x, x, block_size=16, **gates).sum()
+jax.grad(loss)(x)
+print(*sys.modules)
+"""
+
+
+def test_jnp_needs_nothing_of_the_kernels():
+    imported = set(lowering.script("-c", JNP_ALONE).split())
+    assert "nsa_jax.reference" in imported
+    machinery = ("interpreter", "jax_triton_setup", "jax_triton_gluon", "compile_ahead", "kernel_cache")
+    assert not {"triton", "jax_triton", "flax", *(f"nsa_jax.runtime.{name}" for name in machinery)} & imported

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch
 from nsa_jax.gpu import backends
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import Row
+from nsa_jax.runtime import transforms
 
 Array = jax.Array
 
@@ -52,7 +52,7 @@ def select(
             LOCAL=min(num_local_blocks, num_blocks),
         )
 
-    block_indices = launch.fold_vmap(run)(
+    block_indices = transforms.fold_vmap(run)(
         query,
         compressed_key,
         lse,

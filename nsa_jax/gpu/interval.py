@@ -22,7 +22,7 @@ class Spec(NamedTuple):
     Attributes:
         branch: "compressed" or "sliding", for names in profiles and checkpoint policies.
         scale: factor on the scores.
-        precision: of float32 products, see `launch.dot_precision`.
+        precision: of float32 products, see `device.dot_precision`.
         reach: most queries that see one key, 0 if any number can.
         most_seen: most keys that a query sees.
         backend: module of the kernels, see `backends`.

@@ -22,7 +22,7 @@ class Spec(NamedTuple):
     Attributes:
         block_size: keys in a block.
         scale: factor on the scores.
-        precision: of float32 products, see `launch.dot_precision`.
+        precision: of float32 products, see `device.dot_precision`.
         window_size: keys in the sliding window that is attended to in the same pass; 0 for none.
         backend: module of the kernels, see `backends`.
     """

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
 from nsa_jax.rows import sight
 from nsa_jax.rows.queries import Row
+from nsa_jax.runtime import launch, transforms
 
 Array = jax.Array
 
@@ -153,14 +154,14 @@ def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]
         if is_sorted:
             first_keys = _sorted_keys(first_keys, tokens, constants["CHOSEN"], 2 * sides[0])
         return launch.launch(
-            kernel, first_keys, place,
+            kernel, first_keys, place, name="selected_walk",
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
             programs=-(-tiles // units) * H * B, warps=tiling.walk_warps(entries), stages=1, flops=0,
             T=T, H=H, S=S, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
             ROUNDS=entries.bit_length() - 1, WIDE=wide, SORTED=is_sorted, **constants,
         )  # fmt: skip
 
-    return launch.fold_vmap(run)(first_keys, choice.row.queries.place)
+    return transforms.fold_vmap(run)(first_keys, choice.row.queries.place)
 
 
 def _sorted_keys(first_keys: Array, tokens: int, chosen: int, low: int) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import branches, launch, tiling
+from nsa_jax import branches, tiling
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import backends, block_selection, interval, selected
@@ -22,6 +22,7 @@ from nsa_jax.gpu.walks import choose
 from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import sliding_intervals, window_intervals
 from nsa_jax.rows.queries import locate
+from nsa_jax.runtime import device, transforms
 
 Array = jax.Array
 
@@ -44,7 +45,7 @@ class _Seen(NamedTuple):
 
 def attend(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
     """`native_sparse_attention` of checked arguments by the kernels: [B, Tq, N, V]."""
-    return _attend(config, *launch.vary_together((arrays, gates, routing)))
+    return _attend(config, *transforms.vary_together((arrays, gates, routing)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -60,7 +61,7 @@ def _in_one_pass(config: Config, gates: PerBranch) -> bool:
 
 def _specs(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> _Specs:
     query, key, value, compressed_key, _ = arrays
-    precision, window = launch.dot_precision(), config.window_size if _in_one_pass(config, gates) else 0
+    precision, window = device.dot_precision(), config.window_size if _in_one_pass(config, gates) else 0
     of_interval = backends.interval(query, value, config.scale)
     of_selected = backends.selected(query, value, config.scale, config.block_size, window)
     reach = min(config.window_size, key.shape[1])

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import launch
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
 from nsa_jax.linen.rope import rotate
 from nsa_jax.rows.segments import clear_padding
+from nsa_jax.runtime import device
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ class DenseAttention(Projections):
             query, key = (rotate(y, tokens.position, theta=self.rope_theta) for y in (query, key))
         in_segment = tokens.start[:, :, None] == tokens.start[:, None, :]
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
-        fused = launch.on_nvidia_gpu() and query.dtype in (jnp.bfloat16, jnp.float16)
+        fused = device.on_nvidia_gpu() and query.dtype in (jnp.bfloat16, jnp.float16)
         output = jax.nn.dot_product_attention(
             query, key, value, mask=(in_segment & causal)[:, None], implementation="cudnn" if fused else None
         )

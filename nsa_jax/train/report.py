@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nsa_jax import launch
 from nsa_jax.linen import TransformerConfig
+from nsa_jax.runtime.device import on_nvidia_gpu
 from nsa_jax.train.metrics import read_metrics
 
 
@@ -36,7 +36,7 @@ def describe_attention(model: TransformerConfig) -> str:
     device = jax.devices()[0]
     if model.attention == "dense":
         return f"dense attention through jax.nn.dot_product_attention on {device.device_kind}"
-    triton = model.implementation == "triton" or (model.implementation is None and launch.on_nvidia_gpu())
+    triton = model.implementation == "triton" or (model.implementation is None and on_nvidia_gpu())
     return f"NSA through {'Triton kernels' if triton else 'jnp (XLA)'} on {device.device_kind}"
 
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
+from nsa_jax.runtime import device, launch
 
 Array = jax.Array
 
@@ -18,15 +19,15 @@ def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: 
     from nsa_jax.kernels import selection as kernels
 
     (B, T, N, K), (_, C, H, _) = query.shape, key.shape
-    capability = launch.capability_of(kernels.select)
+    capability = device.capability_of(kernels.select)
     tile = tiling.selection(capability, sum(tiling.parts(K)), query.dtype.itemsize, N // H, S, SHARE)
     tiles = -(-T // tile.tokens)
     (block_indices,) = launch.launch(
-        kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays,
+        kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays, name="select_blocks",
         outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
         programs=H * tiles * B if S else 0, warps=tile.warps, stages=tile.stages, flops=flops,
         T=T, C=C, H=H, G=N // H, K=K, TOKENS=tile.tokens, HEADS=tile.heads, KEYS=tile.keys, PARTS=tile.parts,
-        LIST=tile.entries, TILES=tiles, K_PARTS=tiling.parts(K), PRECISION=launch.dot_precision(), S=S, SHARE=SHARE,
+        LIST=tile.entries, TILES=tiles, K_PARTS=tiling.parts(K), PRECISION=device.dot_precision(), S=S, SHARE=SHARE,
         **constants,
     )  # fmt: skip
     return block_indices

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
 from nsa_jax.gpu.branch import Branch, Statistics
 from nsa_jax.gpu.interval import Addends, Seen, Spec
 from nsa_jax.rows.intervals import Intervals
+from nsa_jax.runtime import device, launch, transforms
 
 Array = jax.Array
 
@@ -29,7 +30,7 @@ def _shape(query: Array, key: Array, value: Array, spec: Spec) -> dict:
 
 
 def _pick(choose, kernel, shape: dict, dtype) -> tiling.Tile:
-    capability = launch.capability_of(kernel)
+    capability = device.capability_of(kernel)
     return choose(capability, sum(shape["K_PARTS"]) + sum(shape["V_PARTS"]), dtype.itemsize)
 
 
@@ -48,13 +49,14 @@ def forward(
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
             kernels.forward, query, *launch.key_tiles(kernels.forward, tile.keys, key, value), *arrays,
+            name=f"{spec.branch}_forward",
             outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * spec.pairs(T, C) * (K + V),
             ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, **shape,
         )  # fmt: skip
 
-    output, lse = launch.fold_vmap(run)(
+    output, lse = transforms.fold_vmap(run)(
         query, key, value, seen.intervals.key_begin, seen.intervals.key_end, *sight_of(kernels.forward, seen.sight)
     )
     return output, lse, None
@@ -76,6 +78,7 @@ def backward_query(
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
             kernels.backward_query, query, *launch.key_tiles(kernels.backward_query, tile.keys, key, value), *arrays,
+            name=f"{spec.branch}_backward_query",
             outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * spec.pairs(T, C) * (2 * K + V),
@@ -83,7 +86,7 @@ def backward_query(
             HAS_BEFORE=before is not None, **shape,
         )  # fmt: skip
 
-    d_query, delta = launch.fold_vmap(run)(
+    d_query, delta = transforms.fold_vmap(run)(
         query, key, value, branch.output, d_output, *branch.placeholders(query, before),
         seen.intervals.key_begin, seen.intervals.key_end,
     )  # fmt: skip
@@ -109,6 +112,7 @@ def backward_key_value(
         kind = key.dtype if splits == 1 else jnp.float32
         d_key, d_value = launch.launch(
             kernels.backward_key_value, query, key, value, d_output, *arrays,
+            name=f"{spec.branch}_backward_key_value",
             outputs=tuple(jax.ShapeDtypeStruct((splits, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * splits * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * spec.pairs(T, C) * (2 * K + 2 * V),
@@ -116,7 +120,7 @@ def backward_key_value(
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
-    d_key, d_value = launch.fold_vmap(run)(
+    d_key, d_value = transforms.fold_vmap(run)(
         query, key, value, d_output, *rows, intervals.query_begin, intervals.query_end
     )
     return d_key, d_value

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
 from nsa_jax.gpu.branch import Branch, Statistics
 from nsa_jax.gpu.inverse import Items, invert, more_items
 from nsa_jax.gpu.selected import Routes, Spec
 from nsa_jax.gpu.walks import Choice, Walks, walks
 from nsa_jax.rows.blocks import Blocks, blocks
+from nsa_jax.runtime import device, launch, transforms
 
 Array = jax.Array
 
@@ -44,10 +45,11 @@ def walk(choice: Choice, query: Array, value: Array, spec: Spec) -> Walks:
     return walks(choice, tokens, spec.block_size, spec.window_size)
 
 
-def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, last=(), **constants):
+def _walk(name, kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, last=(), **constants):
     """Runs a kernel that goes from the queries' side.
 
     Args:
+        name: of the pass, for profiles.
         kernel: of kernels/selected.py.
         pick: of tiling.py, gives its tile.
         arrays: query, key, value and what else it takes before the place.
@@ -60,7 +62,7 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
     """
     query, _, value = arrays[:3]
     constants |= _constants(query, value, spec)
-    S, G, capability = routes.choice.wanted, constants["G"], launch.capability_of(kernel)
+    S, G, capability = routes.choice.wanted, constants["G"], device.capability_of(kernel)
     tile = pick(capability, _columns(constants), query.dtype.itemsize, G, spec.block_size)
     tokens = tiling.selected_tokens(G)
 
@@ -68,7 +70,7 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
         B, T, N, _ = query.shape
         tiles = -(-T // tokens)
         return launch.launch(
-            kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays,
+            kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays, name=name,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=tiles * constants["H"] * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * products,
@@ -76,7 +78,7 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
             AHEAD=tiling.selected_ahead(capability), TILES=tiles, **constants,
         )  # fmt: skip
 
-    return launch.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *routes.walks, *last)
+    return transforms.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *routes.walks, *last)
 
 
 def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
@@ -90,7 +92,7 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     arrays = (query, key, value)
     sights = sight_of(kernels.forward, routes.sight, routes.sliding_sight)
     output, lse, *sliding = _walk(
-        kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec, sights
+        "selected_forward", kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec, sights
     )
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
@@ -108,7 +110,7 @@ def backward_query(
     lse, d_lse, weight, into = branches[0].placeholders(query, before)
     near = branches[-1]
     d_query, *deltas = _walk(
-        kernels.backward_query, tiling.selected_backward_query,
+        "selected_backward_query", kernels.backward_query, tiling.selected_backward_query,
         (
             query, key, value, d_output, branches[0].output, lse, weight, near.output, near.lse, near.weight,
             d_lse, into,
@@ -126,7 +128,7 @@ def backward_key_value(
     from nsa_jax.kernels import selected as kernels
 
     constants = _constants(query, value, spec)
-    capability = launch.capability_of(kernels.backward_key_value)
+    capability = device.capability_of(kernels.backward_key_value)
     tile = tiling.selected_backward_key_value(capability, _columns(constants), key.dtype.itemsize, spec.block_size)
 
     def run(query, key, value, statistics, place, items, blocks, outputs, programs, flops):
@@ -134,8 +136,8 @@ def backward_key_value(
         return launch.launch(
             kernels.backward_key_value, query, key, value, *statistics, place, *items.of_kernels(), blocks.begin,
             blocks.end, *near_of(kernels.backward_key_value, blocks), outputs=outputs,
-            programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps, stages=tile.stages,
-            flops=flops, BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
+            name="selected_backward_key_value", programs=spec.block_size // tile.keys * programs * H * B,
+            warps=tile.warps, stages=tile.stages, flops=flops, BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
             ITEMS=items.block.shape[2], MORE=outputs[2].shape[2], PROGRAMS=programs, **constants,
         )  # fmt: skip
 
@@ -187,7 +189,7 @@ def by_items(
 
     singles = walks(choice, 1, spec.block_size, spec.window_size)
     in_blocks = blocks(row, spec.block_size, spec.window_size)
-    d_key, d_value = launch.fold_vmap(of_rows)(
+    d_key, d_value = transforms.fold_vmap(of_rows)(
         query, key, value, d_output, *statistics, row.queries.place, *singles, *in_blocks
     )
     return d_key, d_value
@@ -201,7 +203,7 @@ def _combine(first: Array, rest: Array, items: Items, blocks: Blocks, dtype) -> 
     more, block_size = rest.shape[2:4]
     programs, keys = -(-C // block_size), 16
     (total,) = launch.launch(
-        kernels.combine, first, rest, items.further, blocks.begin, blocks.end, blocks.count,
+        kernels.combine, first, rest, items.further, blocks.begin, blocks.end, blocks.count, name="selected_combine",
         outputs=(jax.ShapeDtypeStruct(first.shape, dtype),),
         programs=block_size // keys * programs * H * B, warps=4, stages=2, flops=rest.size,
         C=C, H=H, D=D, BLOCK=block_size, KEYS=keys, BLOCKS=blocks.begin.shape[1], MORE=more, PROGRAMS=programs,

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
+from nsa_jax.runtime import device, launch
 
 Array = jax.Array
 
@@ -13,7 +14,7 @@ def supports(query: Array, key: Array, count: int, windows_per_block: int) -> bo
     from nsa_jax.kernels import selection
 
     (_, _, N, K), H = query.shape, key.shape[2]
-    capability = launch.capability_of(selection.select)  # 0 in Triton's interpreter, which does not know Gluon
+    capability = device.capability_of(selection.select)  # 0 in Triton's interpreter, which does not know Gluon
     return tiling.selection_hopper(capability, K, query.dtype.itemsize, N // H, count, windows_per_block)
 
 
@@ -24,10 +25,10 @@ def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: 
     (B, T, N, K), H = query.shape, key.shape[2]
     G = N // H
     tiles = -(-T * G // tiling.SELECTION_HOPPER_ROWS)
-    programs = min(tiles * H * B, launch.multiprocessors())  # one fits on each
+    programs = min(tiles * H * B, device.multiprocessors())  # one fits on each
     queries = launch.neighbour_pieces(query, G, *kernels.neighbours(G))
     (block_indices,) = launch.launch(
-        kernels.select, queries, launch.key_pieces(key), *arrays,
+        kernels.select, queries, launch.key_pieces(key), *arrays, name="select_blocks",
         outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
         programs=programs if S else 0, warps=4, stages=1, flops=flops,
         T=T, H=H, G=G, K=K, B=B, S=S, SHARE=SHARE, LIST=tiling.selection_entries(S), TILES=tiles, PROGRAMS=programs,

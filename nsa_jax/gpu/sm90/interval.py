@@ -6,12 +6,13 @@ The pass of the queries is the portable one: ptxas makes wrong code of one that 
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
 from nsa_jax.gpu.branch import Statistics
 from nsa_jax.gpu.interval import Addends, Seen, Spec
 from nsa_jax.gpu.portable import interval as portable
 from nsa_jax.gpu.portable.interval import backward_query
 from nsa_jax.rows.intervals import Intervals
+from nsa_jax.runtime import device, launch, transforms
 
 __all__ = ["backward_key_value", "backward_query", "forward", "supports"]
 
@@ -23,7 +24,7 @@ def supports(query: Array, value: Array, scale: float) -> bool:
     from nsa_jax.kernels import interval
 
     (_, _, N, K), (_, _, H, V) = query.shape, value.shape
-    capability = launch.capability_of(interval.forward)  # 0 in Triton's interpreter, which does not know Gluon
+    capability = device.capability_of(interval.forward)  # 0 in Triton's interpreter, which does not know Gluon
     return scale > 0 and tiling.interval_hopper(capability, (K, V), query.dtype.itemsize, N // H)
 
 
@@ -49,12 +50,13 @@ def forward(
         (B, T, N, K), V = query.shape, value.shape[3]
         shape = _shape(query, value, spec.scale)
         tiles = -(-T * shape["G"] // tiling.INTERVAL_HOPPER_ROWS)
-        programs = min(tiles * shape["H"] * B, launch.multiprocessors())  # one fits on each
+        programs = min(tiles * shape["H"] * B, device.multiprocessors())  # one fits on each
         whole = jax.ShapeDtypeStruct((B, T, N, V), query.dtype)
         placeholder = jax.ShapeDtypeStruct((B, 1, 1, 1), query.dtype)
         return launch.launch(
             kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
             key_begin, key_end, *portable.sight_of(kernels.forward, sight), *summed, *[key_begin] * (5 - len(summed)),
+            name=f"{spec.branch}_forward",
             outputs=(
                 whole if keep else placeholder,
                 jax.ShapeDtypeStruct((B, T, N), jnp.float32),
@@ -66,7 +68,7 @@ def forward(
         )  # fmt: skip
 
     intervals = seen.intervals
-    output, lse, total = launch.fold_vmap(run)(
+    output, lse, total = transforms.fold_vmap(run)(
         query, key, value, intervals.key_begin, intervals.key_end, seen.sight, *summed
     )
     return output if keep else None, lse, total if summed else None
@@ -87,6 +89,7 @@ def backward_key_value(
         d_key, d_value = launch.launch(
             kernels.backward_key_value, launch.row_pieces(query, shape["G"]), launch.key_pieces(key),
             launch.key_pieces(value), launch.row_pieces(d_output, shape["G"]), *arrays,
+            name=f"{spec.branch}_backward_key_value",
             outputs=tuple(jax.ShapeDtypeStruct((shares, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * shares * H * B, warps=4, stages=1, registers=tiling.HOPPER_KEYS_REGISTERS,
             flops=2 * B * N * spec.pairs(T, key.shape[1]) * (2 * K + 2 * V),
@@ -94,7 +97,7 @@ def backward_key_value(
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
-    d_key, d_value = launch.fold_vmap(run)(
+    d_key, d_value = transforms.fold_vmap(run)(
         query, key, value, d_output, *rows, intervals.query_begin, intervals.query_end
     )
     return d_key, d_value

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
 from nsa_jax.gpu.branch import Branch, Statistics
 from nsa_jax.gpu.portable import selected as portable
 from nsa_jax.gpu.selected import Routes, Spec
 from nsa_jax.gpu.walks import Choice, PairedWalks, walks_in_pairs
+from nsa_jax.runtime import device, launch, transforms
 
 Array = jax.Array
 
@@ -21,7 +22,7 @@ def _tile(query: Array, value: Array, block_size: int) -> tiling.HopperTile | No
     from nsa_jax.kernels import selected
 
     (_, _, N, K), (_, _, H, V) = query.shape, value.shape
-    capability = launch.capability_of(selected.forward)  # 0 in Triton's interpreter, which does not know Gluon
+    capability = device.capability_of(selected.forward)  # 0 in Triton's interpreter, which does not know Gluon
     return tiling.selected_hopper(capability, (K, V), query.dtype.itemsize, N // H, block_size)
 
 
@@ -37,7 +38,7 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     last = portable.sight_of(kernels.forward, routes.sight)
-    output, lse = _walk(kernels.forward, (query, key, value), outputs, K + V, routes, spec, last)
+    output, lse = _walk("selected_forward", kernels.forward, (query, key, value), outputs, K + V, routes, spec, last)
     return [(output, lse)]
 
 
@@ -53,7 +54,8 @@ def backward_query(
     outputs = jax.ShapeDtypeStruct((T, N, K), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     lse, d_lse, weight, into = branch.placeholders(query, before)
     d_query, delta = _walk(
-        kernels.backward_query, (query, key, value, d_output, branch.output, lse, weight, d_lse, into), outputs,
+        "selected_backward_query", kernels.backward_query,
+        (query, key, value, d_output, branch.output, lse, weight, d_lse, into), outputs,
         2 * K + V, routes, spec, HAS_D_LSE=branch.d_lse is not None, HAS_BEFORE=before is not None,
     )  # fmt: skip
     return d_query, [delta]
@@ -74,18 +76,19 @@ def backward_key_value(
             kernels.backward_key_value, launch.token_pieces(query, N // H), launch.key_pieces(key),
             launch.key_pieces(value), launch.token_pieces(d_output, N // H), *statistics, place, *items.of_kernels(),
             blocks.begin, blocks.end, *portable.near_of(kernels.backward_key_value, blocks),
-            outputs=outputs, programs=spec.block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
+            name="selected_backward_key_value", outputs=outputs,
+            programs=spec.block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
             registers=tiling.HOPPER_KEYS_REGISTERS, flops=flops,
             T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=spec.scale, BLOCK=spec.block_size, BLOCKS=blocks.begin.shape[1],
             ITEMS=items.block.shape[2], MORE=outputs[2].shape[2], PROGRAMS=programs,
             STAGES=tiling.hopper_keys_stages(K, V),
         )  # fmt: skip
 
-    capability = launch.capability_of(kernels.backward_key_value)
+    capability = device.capability_of(kernels.backward_key_value)
     return portable.by_items(run, capability, query, key, value, d_output, rows, choice, spec)
 
 
-def _walk(kernel, arrays, outputs, products, routes, spec, last=(), **constants) -> list[Array]:
+def _walk(name, kernel, arrays, outputs, products, routes, spec, last=(), **constants) -> list[Array]:
     """Runs a kernel on arrays that begin with query, key and value; products: multiplications per head and key."""
     walks, block_size, tile = routes.walks, spec.block_size, _tile(arrays[0], arrays[2], spec.block_size)
     (_, T, N, K), (_, _, H, V) = arrays[0].shape, arrays[2].shape
@@ -95,10 +98,10 @@ def _walk(kernel, arrays, outputs, products, routes, spec, last=(), **constants)
         B = query.shape[0]
         units = pairs * H * B
         # of programs one fits on each multiprocessor; a pair goes through its share of the units
-        programs = min(units, max(1, launch.multiprocessors() // 2))
+        programs = min(units, max(1, device.multiprocessors() // 2))
         blocks = [launch.key_pieces(x, tile.keys) for x in (key, value)]
         return launch.launch(
-            kernel, query, *blocks, *arrays,
+            kernel, query, *blocks, *arrays, name=name,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=programs, warps=8, stages=1,
             flops=2 * B * T * N * entries // tile.tokens * block_size * products,
@@ -107,4 +110,4 @@ def _walk(kernel, arrays, outputs, products, routes, spec, last=(), **constants)
             PROGRAMS=programs, STAGES=tile.stages, **constants,
         )  # fmt: skip
 
-    return launch.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *walks, *last)
+    return transforms.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *walks, *last)

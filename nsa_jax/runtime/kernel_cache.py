@@ -16,7 +16,8 @@ import tempfile
 
 import jax
 
-from nsa_jax import gluon, kernels
+from nsa_jax import kernels
+from nsa_jax.runtime import jax_triton_gluon
 
 
 def install(triton_lib) -> None:
@@ -54,7 +55,7 @@ def _key(kernel, spec, gpu_target, options) -> str:
 def _sources() -> str:
     """A digest of the sources of all kernels, and of how those in Gluon are compiled."""
     files = sorted(path for folder in kernels.__path__ for path in pathlib.Path(folder).glob("*.py"))
-    files.append(pathlib.Path(gluon.__file__))
+    files.append(pathlib.Path(jax_triton_gluon.__file__))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 

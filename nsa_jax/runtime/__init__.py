@@ -1,0 +1,11 @@
+"""The layer between the ops and the kernels.
+
+device: what kernels are compiled for.
+transforms: what JAX's transformations need of a function that launches kernels.
+launch: runs a kernel, compiled or interpreted; knows tensor descriptors.
+interpreter: runs a kernel on the CPU.
+jax_triton_setup: makes jax_triton fit for use, with the help of
+    jax_triton_gluon (kernels written in Gluon), compile_ahead (many at once) and kernel_cache (kept on disk).
+
+Nothing here imports Triton before a kernel is wanted.
+"""
