@@ -137,7 +137,8 @@ def backward_key_value(
             kernels.backward_key_value, query, key, value, *statistics, place, *items.of_kernels(), blocks.begin,
             blocks.end, *near_of(kernels.backward_key_value, blocks), outputs=outputs,
             name="selected_backward_key_value", programs=spec.block_size // tile.keys * programs * H * B,
-            warps=tile.warps, stages=tile.stages, flops=flops, BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
+            warps=tile.warps, stages=tile.stages, flops=flops,
+            BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
             ITEMS=items.block.shape[2], MORE=outputs[2].shape[2], PROGRAMS=programs, **constants,
         )  # fmt: skip
 
