@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu.branch import Branch, nothing_seen, statistics, untouched
+from nsa_jax.gpu.cleaning import clean
 from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.rows.queries import Row
@@ -108,7 +109,7 @@ def attend(spec: Spec, query: Array, key: Array, value: Array, row: Row, interva
 
 
 def _attend_forward(spec, query, key, value, row, intervals):
-    key, value, before = sight.clean(key, value)
+    key, value, before = clean(key, value)
     seen = see(row, intervals, before)
     output, lse = name_residuals(spec.branch, *forward(query, key, value, seen, spec)[:2])
     return (output, lse), (query, key, value, seen, output, lse)

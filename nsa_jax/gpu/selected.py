@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu.branch import Branch, nothing_seen, statistics, untouched
+from nsa_jax.gpu.cleaning import clean
 from nsa_jax.gpu.walks import Choice, PairedWalks, Walks, seen_of
 from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import sliding_intervals
@@ -97,7 +98,7 @@ def attend(spec: Spec, query: Array, key: Array, value: Array, choice: Choice) -
 
 
 def _attend_forward(spec, query, key, value, choice):
-    key, value, before = sight.clean(key, value)
+    key, value, before = clean(key, value)
     routes = route(query, value, before, choice, spec)
     output, lse = name_residuals("selected", *forward(query, key, value, routes, spec)[0])
     return (output, lse), (query, key, value, routes, output, lse)

@@ -16,6 +16,7 @@ from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import backends, block_selection, interval, selected
 from nsa_jax.gpu.branch import Branch
+from nsa_jax.gpu.cleaning import clean
 from nsa_jax.gpu.selected import Routes
 from nsa_jax.gpu.selected import Spec as SelectedSpec
 from nsa_jax.gpu.walks import choose
@@ -84,12 +85,10 @@ class _Kernels:
         self.specs = _specs(config, arrays, gates, routing)
         query, key, value, compressed_key, compressed_value = arrays
         self.query = query
-        self.key, self.value, self.before = sight.clean(key, value)
+        self.key, self.value, self.before = clean(key, value)
         self.compressed_key, self.compressed_value = compressed_key, compressed_value
         if compressed_key is not None:
-            self.compressed_key, self.compressed_value, self.compressed_before = sight.clean(
-                compressed_key, compressed_value
-            )
+            self.compressed_key, self.compressed_value, self.compressed_before = clean(compressed_key, compressed_value)
         self.seen, self.total, self._near = _Seen(), None, None
 
     @property

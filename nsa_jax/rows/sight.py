@@ -30,11 +30,10 @@ class Cleaned(NamedTuple):
     before: Array
 
 
-def clean(key: Array, value: Array) -> Cleaned:
-    """Keys and values, cleaned."""
-    finite = finite_rows(key) & finite_rows(value)  # [B, C, H]
-    unclean = jnp.pad(~finite, ((0, 0), (1, 0), (0, 0))).swapaxes(1, 2)
-    return Cleaned(clear(key, finite), clear(value, finite), jnp.cumsum(unclean, axis=2, dtype=jnp.int32))
+def count_before(unclean: Array) -> Array:
+    """int32 [B, H, C + 1], see `Cleaned`, of unclean int32 [B, C, H]."""
+    count = jnp.cumsum(unclean.swapaxes(1, 2), axis=2, dtype=jnp.int32)
+    return jnp.pad(count, ((0, 0), (0, 0), (1, 0)))
 
 
 def finite_rows(x: Array) -> Array:
