@@ -68,7 +68,7 @@ def token_pieces(x: Array, group: int) -> Tiled:
 
 def key_pieces(x: Array, keys: int = 64) -> Tiled:
     """x [B, C, H, D] as the kernels for Hopper copy keys: all columns of so many keys of one head."""
-    return Tiled(x.reshape(*x.shape[:2], -1), (1, keys, x.shape[3]), swizzled=True)
+    return Tiled(x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]), (1, keys, x.shape[3]), swizzled=True)
 
 
 def launch(

@@ -42,10 +42,10 @@ def fold_vmap(function: Callable) -> Callable:
     def rule(axis_size, in_batched, *arrays):
         def merge(array, batched):
             array = array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
-            return array.reshape(-1, *array.shape[2:])
+            return array.reshape(axis_size * array.shape[1], *array.shape[2:])
 
         outputs = folded(*map(merge, arrays, in_batched))
-        split = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), outputs)
+        split = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), outputs)
         return split, jax.tree.map(lambda _: True, outputs)
 
     return folded
