@@ -15,8 +15,6 @@ Letters in shapes:
 Everything is relative to a segment: a maximal run of equal `segment_ids` in a row. Negative ids are padding.
 """
 
-from importlib.metadata import version as _version
-
 from nsa_jax.attention import native_sparse_attention
 from nsa_jax.block_selection import select_blocks
 from nsa_jax.checkpoint_names import CHECKPOINT_NAMES
@@ -26,7 +24,7 @@ from nsa_jax.rows.segments import segment_ids_from_cu_seqlens
 from nsa_jax.selected_branch import selected_attention
 from nsa_jax.sliding_branch import sliding_window_attention
 
-__version__ = _version("nsa-jax")
+__version__ = "0.2.0"
 
 __all__ = [
     "CHECKPOINT_NAMES",
