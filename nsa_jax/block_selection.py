@@ -7,7 +7,6 @@ import jax
 from jax.sharding import PartitionSpec
 
 from nsa_jax import checks, meshes, reference
-from nsa_jax.rows import sight
 from nsa_jax.rows.queries import locate
 
 Array = jax.Array
@@ -102,12 +101,12 @@ def _select(options, length, implementation, query, key, lse, block_counts, segm
     if implementation == "xla":
         row = locate(segment_ids, query_indices, query.shape[0], length)
         return reference.select_blocks(query, key, lse, row, block_counts=block_counts, **dict(options))
-    from nsa_jax.gpu import block_selection
+    from nsa_jax.gpu import block_selection, cleaning
     from nsa_jax.runtime import transforms
 
     query, key, lse, block_counts, segment_ids, query_indices = transforms.vary_together(
         (query, key, lse, block_counts, segment_ids, query_indices)
     )
     row = locate(segment_ids, query_indices, query.shape[0], length)
-    key = sight.clear(key, sight.finite_rows(key))
+    key = cleaning.clean_rows(key)
     return block_selection.select(query, key, lse, row, block_counts=block_counts, **dict(options))

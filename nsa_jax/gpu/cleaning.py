@@ -1,47 +1,104 @@
-"""Keys and values cleaned by a kernel: one pass over them, where XLA would take two."""
+"""Keys and values cleaned, and who sees those that were not finite, see `rows.sight`."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nsa_jax import tiling
-from nsa_jax.rows.sight import Cleaned, count_before
+from nsa_jax.rows import sight
+from nsa_jax.rows.intervals import Intervals
 from nsa_jax.runtime import launch, transforms
 
 Array = jax.Array
 
-_ROWS = 32  # of a program
+_ROWS = 32  # of a program that cleans
+_TOKENS, _KEYS = 64, 256  # of a program that looks at intervals, and of a step of it
 
 
-def clean(key: Array, value: Array) -> Cleaned:
-    """Keys [B, C, H, K] and values [B, C, H, V], cleaned: see `Cleaned`."""
+class Cleaned(NamedTuple):
+    """Keys and values in which rows that are not finite are 0.
+
+    Attributes:
+        key: [B, C, H, K]; as it was if only values are to be cleaned.
+        value: [B, C, H, V].
+        unclean: int8 [B, H, C], 1 where the key or its value was not finite.
+    """
+
+    key: Array
+    value: Array
+    unclean: Array
+
+
+def clean(key: Array, value: Array, with_key: bool = True) -> Cleaned:
+    """Keys [B, C, H, K] and values [B, C, H, V], cleaned in one pass over them."""
     from nsa_jax.kernels import clean as kernels
 
     K, V = key.shape[3], value.shape[3]
 
     def run(key, value):
-        rows = key.shape[:3]
+        B, C, H = key.shape[:3]
+        outputs = (
+            jax.ShapeDtypeStruct(key.shape if with_key else (B, 1, 1, 1), key.dtype),
+            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            jax.ShapeDtypeStruct((B, H, C), jnp.int8),
+        )
         return launch.launch(
             kernels.clean,
             key,
             value,
             name="clean",
-            outputs=[
-                *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)),
-                jax.ShapeDtypeStruct(rows, jnp.int32),
-            ],
-            programs=-(-math.prod(rows) // _ROWS),
+            outputs=outputs,
+            programs=-(-math.prod((B, C, H)) // _ROWS),
             warps=4,
             stages=1,
             flops=0,
-            COUNT=math.prod(rows),
+            COUNT=B * C * H,
+            C=C,
+            H=H,
             K=K,
             V=V,
+            WITH_KEY=with_key,
             ROWS=_ROWS,
             K_PARTS=tiling.parts(K),
             V_PARTS=tiling.parts(V),
         )
 
-    key, value, unclean = transforms.fold_vmap(run)(key, value)
-    return Cleaned(key, value, count_before(unclean))
+    clean_key, clean_value, unclean = transforms.fold_vmap(run)(key, value)
+    return Cleaned(clean_key if with_key else key, clean_value, unclean)
+
+
+def clean_rows(x: Array) -> Array:
+    """x [..., D] with 0 for rows that are not finite."""
+    return sight.clear(x, sight.finite_rows(x))
+
+
+def of_intervals(unclean: Array, intervals: Intervals) -> Array:
+    """int8 [B, Tq, H]: what queries see of their intervals; unclean: see `Cleaned`."""
+    from nsa_jax.kernels import clean as kernels
+
+    def run(key_begin, key_end, unclean):
+        (B, T), (_, H, C) = key_begin.shape, unclean.shape
+        tiles = -(-T // _TOKENS)
+        return launch.launch(
+            kernels.see,
+            key_begin,
+            key_end,
+            unclean,
+            name="see",
+            outputs=(jax.ShapeDtypeStruct((B, T, H), jnp.int8),),
+            programs=tiles * H * B,
+            warps=4,
+            stages=1,
+            flops=0,
+            T=T,
+            C=C,
+            H=H,
+            TOKENS=_TOKENS,
+            KEYS=_KEYS,
+            TILES=tiles,
+        )
+
+    (seen,) = transforms.fold_vmap(run)(intervals.key_begin, intervals.key_end, unclean)
+    return seen

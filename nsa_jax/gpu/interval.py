@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax.checkpoint_names import name_residuals
+from nsa_jax.gpu import cleaning
 from nsa_jax.gpu.branch import Branch, nothing_seen, statistics, untouched
-from nsa_jax.gpu.cleaning import clean
-from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.rows.queries import Row
 
@@ -63,9 +62,9 @@ class Seen(NamedTuple):
     sight: Array
 
 
-def see(row: Row, intervals: Intervals, before: Array) -> Seen:
-    """The Seen of intervals; before: see `sight.Cleaned`."""
-    return Seen(row, intervals, sight.of_intervals(before, intervals))
+def see(row: Row, intervals: Intervals, unclean: Array) -> Seen:
+    """The Seen of intervals; unclean: see `cleaning.Cleaned`."""
+    return Seen(row, intervals, cleaning.of_intervals(unclean, intervals))
 
 
 def forward(
@@ -109,8 +108,9 @@ def attend(spec: Spec, query: Array, key: Array, value: Array, row: Row, interva
 
 
 def _attend_forward(spec, query, key, value, row, intervals):
-    key, value, before = clean(key, value)
-    seen = see(row, intervals, before)
+    # the forward pass hides a score, NaN or not: it multiplies only values by what it hides
+    key, value, unclean = cleaning.clean(key, value, with_key=False)
+    seen = see(row, intervals, unclean)
     output, lse = name_residuals(spec.branch, *forward(query, key, value, seen, spec)[:2])
     return (output, lse), (query, key, value, seen, output, lse)
 
@@ -118,6 +118,7 @@ def _attend_forward(spec, query, key, value, row, intervals):
 def _attend_backward(spec, residuals, cotangents):
     query, key, value, seen, output, lse = residuals
     d_output, d_lse = cotangents
+    key = cleaning.clean_rows(key)
     branch = Branch(output, lse, jnp.ones_like(lse), d_lse)
     d_query, delta = backward_query(query, key, value, d_output, branch, seen, spec)
     return d_query, *backward_key_value(query, key, value, d_output, branch, delta, seen, spec), None, None

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax.checkpoint_names import name_residuals
+from nsa_jax.gpu import cleaning
 from nsa_jax.gpu.branch import Branch, nothing_seen, statistics, untouched
-from nsa_jax.gpu.cleaning import clean
 from nsa_jax.gpu.walks import Choice, PairedWalks, Walks, seen_of
-from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import sliding_intervals
 
 Array = jax.Array
@@ -51,11 +50,12 @@ class Routes(NamedTuple):
     sliding_sight: Array
 
 
-def route(query: Array, value: Array, before: Array, choice: Choice, spec: Spec) -> Routes:
-    """The Routes of a choice; before: see `sight.Cleaned`."""
+def route(query: Array, value: Array, unclean: Array, choice: Choice, spec: Spec) -> Routes:
+    """The Routes of a choice; unclean: see `cleaning.Cleaned`."""
     walks = spec.backend.walk(choice, query, value, spec) if choice.wanted else None
-    seen = seen_of(choice, before, spec.block_size)
-    near = sight.of_intervals(before, sliding_intervals(choice.row, spec.window_size)) if spec.window_size else seen
+    seen = near = seen_of(choice, unclean, spec.block_size)
+    if spec.window_size:
+        near = cleaning.of_intervals(unclean, sliding_intervals(choice.row, spec.window_size))
     return Routes(choice, walks, seen, near)
 
 
@@ -98,8 +98,8 @@ def attend(spec: Spec, query: Array, key: Array, value: Array, choice: Choice) -
 
 
 def _attend_forward(spec, query, key, value, choice):
-    key, value, before = clean(key, value)
-    routes = route(query, value, before, choice, spec)
+    key, value, unclean = cleaning.clean(key, value)
+    routes = route(query, value, unclean, choice, spec)
     output, lse = name_residuals("selected", *forward(query, key, value, routes, spec)[0])
     return (output, lse), (query, key, value, routes, output, lse)
 

@@ -106,12 +106,12 @@ def choose(row: Row, block_indices: Array, block_counts: Array | None, block_siz
     return Choice(row, jnp.where(keep, selected, NOWHERE), jnp.where(reached, touched, NOWHERE))
 
 
-def seen_of(choice: Choice, before: Array, block_size: int) -> Array:
-    """int8 [B, Tq, H]: what queries see of their selected blocks; before: see `sight.Cleaned`."""
+def seen_of(choice: Choice, unclean: Array, block_size: int) -> Array:
+    """int8 [B, Tq, H]: what queries see of their selected blocks; unclean: see `cleaning.Cleaned`."""
     listed = choice.selected != NOWHERE
     first = jnp.where(listed, choice.selected, 0)
     end = jnp.minimum(first + block_size, choice.row.queries.place[:, :, None, None] + 1)
-    return sight.of_blocks(before, first, jnp.where(listed, end, 0))
+    return sight.of_ranges(unclean, first, jnp.where(listed, end, 0))
 
 
 def _blocks_touched(window_size: int, block_size: int) -> int:

@@ -85,10 +85,12 @@ class _Kernels:
         self.specs = _specs(config, arrays, gates, routing)
         query, key, value, compressed_key, compressed_value = arrays
         self.query = query
-        self.key, self.value, self.before = clean(key, value)
+        self.key, self.value, self.unclean = clean(key, value)
         self.compressed_key, self.compressed_value = compressed_key, compressed_value
         if compressed_key is not None:
-            self.compressed_key, self.compressed_value, self.compressed_before = clean(compressed_key, compressed_value)
+            self.compressed_key, self.compressed_value, self.compressed_unclean = clean(
+                compressed_key, compressed_value
+            )
         self.seen, self.total, self._near = _Seen(), None, None
 
     @property
@@ -98,7 +100,7 @@ class _Kernels:
 
     def compressed(self) -> tuple[Array, Array]:
         intervals = window_intervals(self.row, self.config.window, self.config.stride)
-        seen = interval.see(self.row, intervals, self.compressed_before)
+        seen = interval.see(self.row, intervals, self.compressed_unclean)
         self.seen = self.seen._replace(compressed=seen)
         keys = self.compressed_key, self.compressed_value
         return name_residuals("compressed", *interval.forward(self.query, *keys, seen, self.specs.compressed)[:2])
@@ -122,7 +124,7 @@ class _Kernels:
     def selected(self, block_indices: Array, block_counts: Array | None, lse: Array | None) -> tuple[Array, Array]:
         spec = self.specs.selected
         choice = choose(self.row, block_indices, block_counts, spec.block_size, spec.window_size)
-        routes = selected.route(self.query, self.value, self.before, choice, spec)
+        routes = selected.route(self.query, self.value, self.unclean, choice, spec)
         if lse is not None:
             routes = routes._replace(sight=sight.taint(routes.sight, branches.tainted(lse, self.key.shape[2])))
         self.seen = self.seen._replace(selected=routes)
@@ -133,7 +135,7 @@ class _Kernels:
     def sliding(self, outputs: PerBranch) -> tuple[Array | None, Array]:
         if self._near is not None:
             return name_residuals("sliding", *self._near)
-        seen = interval.see(self.row, sliding_intervals(self.row, self.config.window_size), self.before)
+        seen = interval.see(self.row, sliding_intervals(self.row, self.config.window_size), self.unclean)
         self.seen = self.seen._replace(sliding=seen)
         others = tuple(pair for pair in zip(outputs, self.gates, strict=True) if pair[0] is not None)
         addends = interval.Addends(self.gates.sliding, others, self.keep) if others else None
