@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from train_cases import arguments
+from train_cases import arguments, write_data
 
 import nsa_jax.train.cli as cli
 from nsa_jax.train.metrics import MetricsLog, read_metrics
@@ -19,12 +19,7 @@ from nsa_jax.train.metrics import MetricsLog, read_metrics
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    words = [generator.integers(97, 123, size).astype(np.uint8).tobytes() for size in generator.integers(2, 8, 30)]
-    for number in range(20):
-        (folder / f"{number}.txt").write_bytes(b" ".join(generator.choice(words, 40)))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

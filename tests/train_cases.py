@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from nsa_jax.linen import TransformerConfig
 from nsa_jax.train.config import TrainConfig
 from nsa_jax.train.packing import VOCAB_SIZE
@@ -46,3 +48,12 @@ def arguments(**options):
 def with_model(**fields):
     """CONFIG with some fields of the model changed."""
     return dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **fields))
+
+
+def write_data(folder):
+    """Twenty short texts in a folder."""
+    generator = np.random.default_rng(0)
+    words = [generator.integers(97, 123, size).astype(np.uint8).tobytes() for size in generator.integers(2, 8, 30)]
+    for number in range(20):
+        (folder / f"{number}.txt").write_bytes(b" ".join(generator.choice(words, 40)))
+    return folder

@@ -1,6 +1,8 @@
 """Checkpoints on disk, through orbax, which writes beside the final place and renames: half a checkpoint is none."""
 
+import contextlib
 import functools
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nsa_jax.train.folder import plain_path
 from nsa_jax.train.step import TrainState
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
@@ -18,57 +23,85 @@ class Checkpoints:
     Args:
         folder: where they are; made if missing.
         identity: JSON values by name, stored along; a checkpoint whose values differ is not loaded.
+
+    Attributes:
+        unfinished: names of checkpoints that were half written when a run ended, which are removed.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self._folder = folder
         self._identity = identity
+        folder.mkdir(parents=True, exist_ok=True)
+        self.unfinished = sorted(path.name for path in folder.iterdir() if _UNFINISHED in path.name)
+        for name in self.unfinished:
+            shutil.rmtree(folder / name, ignore_errors=True)
         # synchronous: the next step consumes the very buffers that are written
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=False
-        )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        with contextlib.ExitStack() as stack:
+            self._manager = ocp.CheckpointManager(stack.enter_context(plain_path(folder)), options=options)
+            stack.callback(self._manager.close)
+            self._open = stack.pop_all()
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Writes the state, unless its step is on disk already."""
+        """Writes the state, unless its step is on disk already.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints that were there are there still.
+        """
         step = int(state.step)
         if step == self.latest_step():
             return
         run = {"identity": self._identity, "checksum": _checksum(state)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:  # orbax, tensorstore and json each raise their own
+            for path in self._folder.glob(f"{step}{_UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+            raise OSError(f"checkpoint: step {step} cannot be written to {self._folder} ({_line(error)})") from error
+
+    def check(self) -> dict[str, Any]:
+        """What is stored along with the newest checkpoint.
+
+        Raises:
+            ValueError: there is none, or it is of another run.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise ValueError(f"checkpoint: none in {self._folder}; without --resume the run starts anew")
+        run = self._read(step, run=ocp.args.JsonRestore())["run"]
+        if not (isinstance(run, dict) and isinstance(run.get("identity"), dict) and "checksum" in run):
+            raise self._unreadable(step, "it is not a checkpoint of nsa-train")
+        for name in sorted({*run["identity"], *self._identity}):
+            there, here = run["identity"].get(name), self._identity.get(name)
+            if there != here:
+                raise ValueError(f"checkpoint: step {step} in {self._folder} has {name}={there!r}, this run {here!r}")
+        return run
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest state, with the shapes and shardings of `like`.
 
         Raises:
-            ValueError: there is none, it is of another run, or it cannot be read.
+            ValueError: there is none, it is of another run, it cannot be read, or it holds what is not finite.
         """
-        step = self.latest_step()
-        if step is None:
-            raise ValueError(f"checkpoint: none in {self._folder}")
-        run = self._read(step, run=ocp.args.JsonRestore())["run"]
-        for name in sorted({*run["identity"], *self._identity}):
-            there, here = run["identity"].get(name), self._identity.get(name)
-            if there != here:
-                raise ValueError(f"checkpoint: step {step} in {self._folder} has {name}={there!r}, this run {here!r}")
+        checksum, step = self.check()["checksum"], self.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         state = self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
-        if _checksum(state) != run["checksum"]:
+        if _checksum(state) != checksum:
             raise self._unreadable(step, "its checksum is another")
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+            raise self._unreadable(step, "its parameters are not finite")
         return state
 
     def _read(self, step: int, **args):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:  # orbax, tensorstore and json each raise their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise self._unreadable(step, reason[:200]) from error
+            raise self._unreadable(step, _line(error)) from error
 
     def _unreadable(self, step: int, reason: str) -> ValueError:
         return ValueError(
@@ -77,7 +110,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is under way."""
-        self._manager.close()
+        self._open.close()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _checksum(state: TrainState) -> int:

@@ -1,13 +1,17 @@
 """The command line: `nsa-train`."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _NEEDED = {"flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "rich": "rich", "matplotlib": "matplotlib"}
+_LONGEST = 600  # characters of a message
 _INSTALL = "pip install 'nsa-jax[train]'"
 
 # options that change a field of the preset, by name: type and help
@@ -48,37 +52,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains.
 
     Returns:
-        0 when done, 2 after a message about bad input, 130 when interrupted, with a checkpoint written.
+        0 when done, 1 after a message about what ended the run (a number that is not finite, a full disk), 2 after a
+        message about bad input, 130 when interrupted, with a checkpoint written.
     """
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return _refuse(f"{', '.join(missing)} not installed; {_INSTALL}")
-    asked = _parser().parse_args(arguments)
+        return _fail(f"{', '.join(missing)} not installed; {_INSTALL}", 2)
+    from nsa_jax.train import screen, signals
+
+    screen.fill_standard_streams()
+    with signals.hang_ups_ignored(), _quiet_libraries():
+        try:
+            return _run(arguments, screen.open_console(sys.stdout))
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+
+
+def _run(arguments: Sequence[str] | None, console) -> int:
+    from jax.errors import JaxRuntimeError
+
     try:
+        asked = _parser().parse_args(arguments)
+        _refuse_empty(asked)
         config = _config(asked)
         folder = Path(asked.out or f"runs/{asked.preset}-{config.model.attention}")
         others = [Path(other) for other in asked.compare]
-        run = _prepare(asked, config, folder, others)
-    except (ValueError, OSError) as error:
-        return _refuse(str(error))
-    if not run.train():
-        return 130
-    run.leave_results(others)
+        run = _prepare(asked, config, folder, others, console)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return _fail(error, 2)
+    with contextlib.closing(run):
+        try:
+            if not run.train():
+                return 130
+            run.leave_results(others)
+        except (FloatingPointError, OSError, ValueError, JaxRuntimeError) as error:
+            return _fail(error, 1)
     return 0
 
 
-def _refuse(message: str) -> int:
-    print(f"nsa-train: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _fail(reason: Exception | str, status: int) -> int:
+    """Says in a line what was wrong."""
+    message = " ".join(str(reason).split()) or type(reason).__name__
+    message = "".join(char if char.isprintable() else "?" for char in message)
+    with contextlib.suppress(OSError, ValueError):  # there is nobody to tell
+        print(
+            f"nsa-train: error: {message if len(message) <= _LONGEST else message[:_LONGEST] + ' ...'}", file=sys.stderr
+        )
+        sys.stderr.flush()
+    return status
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """What orbax and asyncio log of a failure is in the exception, and that in our message."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def _refuse_empty(asked: argparse.Namespace) -> None:
+    """What an unset variable of a shell leaves is neither the current folder nor the default."""
+    for name in ("data", "out", "compare"):
+        given = getattr(asked, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not value.strip():
+                raise ValueError(f"{name}: expected a file or folder, got {value!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nsa-train", description="Train a language model with native sparse attention on the bytes of text files."
     )
     parser.add_argument("--preset", default="tiny", help="tiny (two CPU cores), small or 340m; options below change it")
     parser.add_argument(
-        "--data", nargs="+", default=[], help="files and folders; the Python standard library by default"
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files and folders, each file read once, runs in them left out; the Python standard library by default",
     )
     parser.add_argument("--pattern", default="*", help="which files of a folder to read, such as '*.txt'")
     parser.add_argument(
@@ -86,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
     parser.add_argument("--devices", type=int, help="local devices to divide a batch over; all by default")
-    parser.add_argument("--compare", nargs="+", default=[], help="folders of other runs to draw into the plot")
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], help="folders of other runs to draw into the plot"
+    )
     for title, options in (("model", _MODEL_OPTIONS), ("training", _RUN_OPTIONS)):
         group = parser.add_argument_group(title)
         for name, (kind, text) in options.items():
@@ -113,25 +177,20 @@ def _config(asked: argparse.Namespace):
     return dataclasses.replace(preset, model=model, **{name: given[name] for name in _RUN_OPTIONS if name in given})
 
 
-def _prepare(asked: argparse.Namespace, config, folder: Path, others: list[Path]):
+def _prepare(asked: argparse.Namespace, config, folder: Path, others: list[Path], console):
     import jax
-    from rich.console import Console
 
     from nsa_jax.train.documents import read_documents
     from nsa_jax.train.loop import Run
     from nsa_jax.train.metrics import read_metrics
 
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"out: {folder} cannot be written, {there} is {'read-only' if there.is_dir() else 'a file'}")
     for other in others:
         read_metrics(other)
     devices = jax.local_devices()
     if asked.devices is not None and not 1 <= asked.devices <= len(devices):
         raise ValueError(f"devices: expected 1 to {len(devices)}, got {asked.devices}")
-    documents = read_documents(asked.data, asked.pattern)
-    return Run(
-        config,
-        documents,
-        folder,
-        devices=devices[: asked.devices],
-        resume=asked.resume,
-        console=Console(highlight=False),
-    )
+    documents = read_documents(asked.data, asked.pattern, folder)
+    return Run(config, documents, folder, devices=devices[: asked.devices], resume=asked.resume, console=console)

@@ -1,6 +1,7 @@
 """What a training run is, as one frozen value, and ready-made ones."""
 
 import dataclasses
+import math
 from types import MappingProxyType
 from typing import Any
 
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 
 from nsa_jax.linen import config as linen_config
 from nsa_jax.train.packing import VOCAB_SIZE
+
+_MOST = 2**31 - 1  # steps and sizes are int32
+_FLOAT32 = jnp.finfo(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +53,18 @@ class TrainConfig:
     sample_bytes: int = 256
 
     def __post_init__(self):
-        for name in ("sequence_length", "batch_size", "steps", "eval_rows", "eval_interval", "checkpoint_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "seed", "sample_bytes"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "block_size"):
+            _expect(name, getattr(self.model, name), 1, _MOST)
+        for name in ("sequence_length", "batch_size", "steps"):
+            _expect(name, getattr(self, name), 1, _MOST)
+        for name in ("eval_rows", "eval_interval", "checkpoint_interval"):
+            _expect(name, getattr(self, name), 1)
+        _expect("learning_rate", self.learning_rate, float(_FLOAT32.tiny), float(_FLOAT32.max))
+        if self.clip_norm != math.inf:  # which clips nothing
+            _expect("clip_norm", self.clip_norm, float(_FLOAT32.tiny), float(_FLOAT32.max))
+        _expect("weight_decay", self.weight_decay, 0, float(_FLOAT32.max))
+        for name, most in (("warmup_steps", _MOST - 1), ("seed", 2**32 - 1), ("sample_bytes", _MOST)):
+            _expect(name, getattr(self, name), 0, most)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out: expected a fraction between 0 and 1, got {self.held_out}")
         if self.sequence_length % self.model.block_size:
@@ -73,6 +80,13 @@ class TrainConfig:
         for name in ("dtype", "param_dtype"):
             model[name] = jnp.dtype(model[name]).name
         return {**model, "branches": list(model["branches"]), **fields}
+
+
+def _expect(name: str, value: float, least: float, most: float = math.inf) -> None:
+    if not value >= least:
+        raise ValueError(f"{name}: expected a {'positive number' if least else 'number of at least 0'}, got {value}")
+    if value > most:
+        raise ValueError(f"{name}: expected a number up to {most:.10g}, got {value}")
 
 
 def _byte_model(preset: str) -> linen_config.TransformerConfig:

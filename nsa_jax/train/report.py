@@ -7,13 +7,15 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from nsa_jax.linen import TransformerConfig
 from nsa_jax.runtime.device import on_nvidia_gpu
+from nsa_jax.train.folder import PLOT
 from nsa_jax.train.metrics import read_metrics
+from nsa_jax.train.screen import printable, say
 
 
 def progress_bar(console: Console) -> Progress:
@@ -42,19 +44,17 @@ def describe_attention(model: TransformerConfig) -> str:
 
 def show_sample(console: Console, text: str) -> None:
     """Generated text in a frame."""
-    console.print(Panel(escape(text), title="sample", title_align="left"))
+    console.print(Panel(Text(printable(text)), title="sample", title_align="left"))
 
 
 def show_summary(console: Console, folder: Path) -> None:
     """The run's final figures, from its metrics."""
     lines = read_metrics(folder)
-    speed = statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
-    last = next(line for line in reversed(lines) if "held_out_bits_per_byte" in line)
-    console.print(
-        f"held out {last['held_out_bits_per_byte']:.3f} bits per byte, {speed:,.0f} tokens/s,"
-        f" peak memory {peak_memory() / 2**30:.2f} GiB; curves in {folder / 'loss.png'}",
-        soft_wrap=True,
-    )
+    held_out = [line["held_out_bits_per_byte"] for line in lines if "held_out_bits_per_byte" in line]
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    parts = [f"held out {held_out[-1]:.3f} bits per byte"] if held_out else []
+    parts += [f"{statistics.median(speeds):,.0f} tokens/s"] if speeds else []
+    say(console, ", ".join([*parts, f"peak memory {peak_memory() / 2**30:.2f} GiB; curves in {folder / PLOT}"]))
 
 
 def peak_memory() -> int:

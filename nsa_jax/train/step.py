@@ -68,15 +68,20 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(chain.init, update)
 
 
-def init_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The state before the first step, replicated over the mesh; a function of the seed."""
+def make_init(config: TrainConfig, mesh: Mesh) -> Callable:
+    """A jitted function () -> the state before the first step, replicated over the mesh; a function of the seed."""
 
     def init():
         tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
         params = nn.unbox(NSATransformer(config.model).init(jax.random.key(config.seed), tokens))["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def init_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The state before the first step."""
+    return make_init(config, mesh)()
 
 
 def put(rows: Rows, mesh: Mesh) -> tuple[Array, Array]:
@@ -107,7 +112,8 @@ def make_sums(config: TrainConfig, mesh: Mesh) -> Callable:
 def make_train_step(config: TrainConfig, mesh: Mesh) -> Callable:
     """A jitted function (state, tokens, segment_ids) -> (state, metrics), which consumes the state.
 
-    Metrics are float32 scalars: loss in nats per target, bits_per_byte, grad_norm before clipping.
+    Metrics are scalars: float32 loss in nats per target, bits_per_byte, grad_norm before clipping; bool finite, whether
+    these and all of the new state are.
     """
     sums, optimizer = make_sums(config, mesh), make_optimizer(config)
 
@@ -120,6 +126,8 @@ def make_train_step(config: TrainConfig, mesh: Mesh) -> Callable:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "bits_per_byte": bits, "grad_norm": optax.tree.norm(grads)}
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((metrics, params, opt_state))]
+        metrics["finite"] = jnp.stack(finite).all()
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,56 @@
+"""What is known before anything is written: whether a step can be compiled, and whether it fits into memory."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nsa_jax.train.config import TrainConfig
+from nsa_jax.train.memory import check_fits
+from nsa_jax.train.step import AXIS, TrainState, make_init, make_train_step
+
+
+def check_memory(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ValueError for sizes of which a device cannot even hold the state or the logits."""
+    device, logit = mesh.devices.flat[0], 4 * config.model.vocab_size
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract_state(config, mesh)))
+    check_fits("hidden_size, num_layers, num_heads, head_dim: parameters and optimiser take", state, device)
+    tokens = config.batch_size // mesh.size * config.sequence_length
+    check_fits("batch_size, sequence_length: the logits of a step take", tokens * logit, device)
+    check_fits("sample_bytes: the logits take", config.sample_bytes * logit, device)
+
+
+def compile_step(config: TrainConfig, mesh: Mesh) -> Callable:
+    """`make_train_step`, compiled.
+
+    Raises:
+        ValueError: that fails, or a step takes more memory than there is.
+    """
+    batch = jax.ShapeDtypeStruct(
+        (config.batch_size, config.sequence_length), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(AXIS))
+    )
+    state = _abstract_state(config, mesh)
+    with _one_line():
+        step = make_train_step(config, mesh).lower(state, batch, batch).compile()
+    if (sizes := step.memory_analysis()) is not None:
+        size = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+        check_fits("batch_size, sequence_length: a step takes", size, mesh.devices.flat[0])
+    return step
+
+
+def _abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    sharding = NamedSharding(mesh, PartitionSpec())
+    with _one_line():
+        state = jax.eval_shape(make_init(config, mesh))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """What tracing and compiling raise of numbers that make no model, as a ValueError of one line."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
