@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from nsa_jax import checks, fused, reference, segments
 from nsa_jax.compression import compress
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -107,20 +108,28 @@ def native_sparse_attention(
         block_indices = checks.block_indices(block_indices, query, key)
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
-    gates = jax.tree.map(lambda gate: segments.clear_padding(gate, segment_ids), gates)
-
     if gates.compressed is None and (gates.selected is None or block_indices is not None):
         compressed_key = compressed_value = None
-    elif compressed_key is None:
-        compressed_key, compressed_value = (
-            compress(x, window=window, stride=stride, segment_ids=segment_ids) for x in (key, value)
-        )
-    else:
+    elif compressed_key is not None:
         checks.attention_arrays(query, compressed_key, compressed_value, prefix="compressed_", stride=stride)
-
     arrays = fused.Arrays(query, key, value, compressed_key, compressed_value)
-    routing = fused.Routing(segment_ids, block_indices, jnp.asarray(block_counts, jnp.int32))
-    run = fused.attend if checks.resolve_implementation(implementation) == "triton" else _xla
+    routing = fused.Routing(segment_ids, block_indices, block_counts)
+    return _attend(config, arrays, gates, routing, checks.resolve_implementation(implementation))
+
+
+@one_program
+def _attend(
+    config: fused.Config, arrays: fused.Arrays, gates: fused.Gates, routing: fused.Routing, implementation: str
+) -> Array:
+    segment_ids = routing.segment_ids
+    gates = jax.tree.map(lambda gate: segments.clear_padding(gate, segment_ids), gates)
+    needs_windows = gates.compressed is not None or (gates.selected is not None and routing.block_indices is None)
+    if needs_windows and arrays.compressed_key is None:
+        windows = {"window": config.window, "stride": config.stride, "segment_ids": segment_ids}
+        compressed_key, compressed_value = (compress(x, **windows) for x in (arrays.key, arrays.value))
+        arrays = arrays._replace(compressed_key=compressed_key, compressed_value=compressed_value)
+    routing = routing._replace(block_counts=jnp.asarray(routing.block_counts, jnp.int32))
+    run = fused.attend if implementation == "triton" else _xla
     return segments.clear_padding(run(config, arrays, gates, routing), segment_ids)
 
 

@@ -5,6 +5,7 @@ import jax
 from nsa_jax import checks, interval, reference, segments
 from nsa_jax.residuals import nothing_seen
 from nsa_jax.runtime import device, transforms
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -50,13 +51,17 @@ def compressed_attention(
     checks.attention_arrays(query, compressed_key, compressed_value, prefix="compressed_", stride=stride)
     scale = checks.scale(scale, query)
     segment_ids = checks.segment_ids(segment_ids, query)
-    run = _triton if checks.resolve_implementation(implementation) == "triton" else reference.compressed_attention
-    output, lse = run(
-        query, compressed_key, compressed_value, window=window, stride=stride, scale=scale, segment_ids=segment_ids
-    )
-    # zero there already; this drops the cotangent, which may be NaN
-    output = segments.clear_padding(output, segment_ids)
+    implementation = checks.resolve_implementation(implementation)
+    output, lse = _attend(query, compressed_key, compressed_value, segment_ids, window, stride, scale, implementation)
     return (output, lse) if return_residual else output
+
+
+@one_program
+def _attend(query, key, value, segment_ids, window, stride, scale, implementation):
+    run = _triton if implementation == "triton" else reference.compressed_attention
+    output, lse = run(query, key, value, window=window, stride=stride, scale=scale, segment_ids=segment_ids)
+    # zero there already; this drops the cotangent, which may be NaN
+    return segments.clear_padding(output, segment_ids), lse
 
 
 def _triton(query, key, value, *, window, stride, scale, segment_ids):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import checks, segments
+from nsa_jax.runtime.eager import one_program
 from nsa_jax.runtime.transforms import vary_together
 
 Array = jax.Array
@@ -32,10 +33,14 @@ def compress(x: Array, *, window: int, stride: int, segment_ids: Array | None = 
         TypeError: window or stride is not an int, or segment_ids not of an integer dtype.
         ValueError: a shape, window or stride is not as above.
     """
-    window, stride, segment_ids = _checked(x, window, stride, segment_ids)
+    return _compress(x, *_checked(x, window, stride, segment_ids))
+
+
+@one_program
+def _compress(x: Array, window: int, stride: int, segment_ids: Array | None) -> Array:
     batch, length, heads, width = x.shape
     if segment_ids is not None or length < window:
-        windows = gather_windows(x.astype(jnp.float32), window=window, stride=stride, segment_ids=segment_ids)
+        windows = _gather_windows(x.astype(jnp.float32), window, stride, segment_ids)
         return windows.mean(axis=2).astype(x.dtype)
     slots = length // stride
     parts = x[:, : slots * stride].reshape(batch, slots, stride, heads, width).sum(axis=2, dtype=jnp.float32)
@@ -60,7 +65,11 @@ def gather_windows(x: Array, *, window: int, stride: int, segment_ids: Array | N
         TypeError: window or stride is not an int, or segment_ids not of an integer dtype.
         ValueError: a shape, window or stride is not as above.
     """
-    window, stride, segment_ids = _checked(x, window, stride, segment_ids)
+    return _gather_windows(x, *_checked(x, window, stride, segment_ids))
+
+
+@one_program
+def _gather_windows(x: Array, window: int, stride: int, segment_ids: Array | None) -> Array:
     batch, length, heads, width = x.shape
     slots = length // stride
     if length < window:

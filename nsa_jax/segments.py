@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nsa_jax.runtime.eager import one_program
+
 Array = jax.Array
 
 
@@ -189,6 +191,11 @@ def segment_ids_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
         raise ValueError(f"cu_seqlens: expected shape [n + 1] or [B, n + 1], got {list(cu_seqlens.shape)}")
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"length: expected a positive int, got {length!r}")
+    return _numbers(cu_seqlens, length)
+
+
+@one_program
+def _numbers(cu_seqlens: Array, length: int) -> Array:
     ends = cu_seqlens.astype(jnp.int32).reshape(-1, cu_seqlens.shape[-1])
     index = jnp.arange(length, dtype=jnp.int32)
     number = jax.vmap(lambda row: places(row, index, "right"))(ends) - 1

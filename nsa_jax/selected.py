@@ -10,6 +10,7 @@ from nsa_jax import checks, reference, segments, selected_hopper, tiling
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
 from nsa_jax.runtime import device, launch, transforms
+from nsa_jax.runtime.eager import one_program
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import Choice, PairedWalks, Walks, choose, walks, walks_in_pairs
 
@@ -86,14 +87,22 @@ def selected_attention(
     block_size = checks.block_size(block_size)
     scale = checks.scale(scale, query)
     segment_ids = checks.segment_ids(segment_ids, query)
-    run = _triton if checks.resolve_implementation(implementation) == "triton" else reference.selected_attention
+    implementation = checks.resolve_implementation(implementation)
+    output, lse = _attend(
+        query, key, value, block_indices, block_counts, segment_ids, block_size, scale, implementation
+    )
+    return (output, lse) if return_residual else output
+
+
+@one_program
+def _attend(query, key, value, block_indices, block_counts, segment_ids, block_size, scale, implementation):
+    run = _triton if implementation == "triton" else reference.selected_attention
     output, lse = run(
         query, key, value, block_indices,
         block_counts=block_counts, block_size=block_size, scale=scale, segment_ids=segment_ids,
     )  # fmt: skip
     # zero there already; this drops the cotangent, which may be NaN
-    output = segments.clear_padding(output, segment_ids)
-    return (output, lse) if return_residual else output
+    return segments.clear_padding(output, segment_ids), lse
 
 
 def _triton(query, key, value, block_indices, *, block_counts, block_size, scale, segment_ids):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from nsa_jax import checks, reference, segments, selection_hopper, tiling
 from nsa_jax.runtime import device, launch, transforms
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -68,9 +69,11 @@ def select_blocks(
     if max_block_count is None:
         max_block_count = block_counts if isinstance(block_counts, int) else num_blocks
     num_init_blocks, num_local_blocks = checks.forced_blocks(num_init_blocks, num_local_blocks)
-    run = _triton if checks.resolve_implementation(implementation) == "triton" else reference.select_blocks
-    return run(
-        *jax.lax.stop_gradient((query, compressed_key, lse)),
+    return _select(
+        query,
+        compressed_key,
+        lse,
+        implementation=checks.resolve_implementation(implementation),
         block_counts=block_counts,
         max_block_count=checks.max_block_count(max_block_count),
         block_size=block_size,
@@ -81,6 +84,12 @@ def select_blocks(
         scale=checks.scale(scale, query),
         segment_ids=checks.segment_ids(segment_ids, query),
     )
+
+
+@one_program
+def _select(query, key, lse, *, implementation, **options):
+    run = _triton if implementation == "triton" else reference.select_blocks
+    return run(*jax.lax.stop_gradient((query, key, lse)), **options)
 
 
 def _triton(

@@ -5,6 +5,7 @@ import jax
 from nsa_jax import checks, interval, reference, segments
 from nsa_jax.residuals import nothing_seen
 from nsa_jax.runtime import device, transforms
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -47,11 +48,18 @@ def sliding_window_attention(
     window_size = checks.window_size(window_size)
     scale = checks.scale(scale, query)
     segment_ids = checks.segment_ids(segment_ids, query)
-    run = _triton if checks.resolve_implementation(implementation) == "triton" else reference.sliding_window_attention
+    output, lse = _attend(
+        query, key, value, segment_ids, window_size, scale, checks.resolve_implementation(implementation)
+    )
+    return (output, lse) if return_residual else output
+
+
+@one_program
+def _attend(query, key, value, segment_ids, window_size, scale, implementation):
+    run = _triton if implementation == "triton" else reference.sliding_window_attention
     output, lse = run(query, key, value, window_size=window_size, scale=scale, segment_ids=segment_ids)
     # zero there already; this drops the cotangent, which may be NaN
-    output = segments.clear_padding(output, segment_ids)
-    return (output, lse) if return_residual else output
+    return segments.clear_padding(output, segment_ids), lse
 
 
 def _triton(query, key, value, *, window_size, scale, segment_ids):
