@@ -87,14 +87,14 @@ def test_traced_again_where_the_surroundings_differ(traced, monkeypatch):
     assert count() == 5
 
 
-def test_not_seen_inside_jit(traced):
+def test_inlined_under_jit(traced):
     function, _ = traced
 
     def loss(x):
         return jax.lax.scan(lambda x, _: (jax.checkpoint(lambda x: function(x)[0])(x), None), x, length=2)[0].sum()
 
     for wrapped, x in ((loss, X), (jax.grad(loss), X), (jax.vmap(loss), X[None])):
-        assert "name=function" not in str(jax.make_jaxpr(wrapped)(x))
+        assert "@function" not in jax.jit(wrapped).lower(x).as_text()
 
 
 def test_programs_have_the_name_of_the_function(traced):

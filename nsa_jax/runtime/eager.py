@@ -31,11 +31,12 @@ def one_program(function: Callable) -> Callable:
     function is traced and compiled once for each value. NumPy arrays become JAX arrays, so int64 becomes int32 unless
     jax_enable_x64 is set: check or convert them first.
 
-    Inside `jax.jit`, and whatever else traces a whole function, the operations become part of what is traced, as if
-    they were called directly: `vmap`, `remat` and its policies, `scan`, `shard_map` and `export` see them.
+    Inside `jax.jit`, and whatever else traces a whole function, it is inlined when that is lowered; `vmap`, `remat` and
+    its policies, `scan`, `shard_map` and `export` see what is in it. JAX keeps the trace: who changes what the function
+    reads, as tests do, calls `jax.clear_caches`.
     """
 
-    @functools.partial(jax.jit, static_argnums=0, inline=jax.Inline.JAX_EARLY)
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def program(static, arrays):
         arrays = iter(arrays)
         leaves = [next(arrays) if value is None else value[1] for value in static.values]
