@@ -4,12 +4,14 @@ import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from nsa_jax import branches, checks, meshes, reference
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
 from nsa_jax.rows.queries import Row, locate
 from nsa_jax.rows.segments import clear_padding
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -128,10 +130,6 @@ def native_sparse_attention(
         gates = gates._replace(sliding=None)
     if gates.compressed is None and (gates.selected is None or block_indices is not None):
         compressed_key = compressed_value = None
-    elif compressed_key is None:
-        compressed_key, compressed_value = (
-            compress(x, window=window, stride=stride, segment_ids=segment_ids) for x in (key, value)
-        )
 
     arrays = Arrays(query, key, value, compressed_key, compressed_value)
     routing = Routing(segment_ids, query_indices, block_indices, checks.as_int32(block_counts))
@@ -140,12 +138,19 @@ def native_sparse_attention(
     return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
 
 
+@one_program
 def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
     """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
     arrays, gates, routing = jax.tree.unflatten(tree, leaves)
     row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
+    gates = jax.tree.map(lambda gate: jnp.broadcast_to(gate, arrays.query.shape[:3]), gates)
     if row.packed or row.sliced:
         gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)
+    needs_windows = gates.compressed is not None or (gates.selected is not None and routing.block_indices is None)
+    if needs_windows and arrays.compressed_key is None:
+        windows = {"window": config.window, "stride": config.stride, "segment_ids": routing.segment_ids}
+        compressed_key, compressed_value = (compress(x, **windows) for x in (arrays.key, arrays.value))
+        arrays = arrays._replace(compressed_key=compressed_key, compressed_value=compressed_value)
     if implementation == "triton":
         from nsa_jax.gpu import whole
 

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from nsa_jax import checks, meshes, reference
 from nsa_jax.rows.queries import locate
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -88,7 +89,9 @@ def select_blocks(
     }
     select = functools.partial(_select, tuple(options.items()), length, checks.resolve_implementation(implementation))
     arrays = (
-        *jax.lax.stop_gradient((query, compressed_key, lse)),
+        query,
+        compressed_key,
+        lse,
         checks.as_int32(block_counts),
         checks.segment_ids(segment_ids, query.shape[0], length),
         checks.query_indices(query_indices, query),
@@ -96,8 +99,10 @@ def select_blocks(
     return meshes.partitioned(select, arrays, lambda query, key, *_: PartitionSpec(*query[:2], key[2], None))
 
 
+@one_program
 def _select(options, length, implementation, query, key, lse, block_counts, segment_ids, query_indices):
     """The blocks, of checked arguments."""
+    query, key, lse = jax.lax.stop_gradient((query, key, lse))
     if implementation == "xla":
         row = locate(segment_ids, query_indices, query.shape[0], length)
         return reference.select_blocks(query, key, lse, row, block_counts=block_counts, **dict(options))

@@ -83,9 +83,9 @@ def query_indices(array: Array | None, query: Array) -> Array | None:
 
 
 def gate(name: str, value: Array | float, query: Array) -> Array:
-    """A gate [B, Tq, N] of a float dtype; of a number an array that holds it everywhere."""
+    """A gate [B, Tq, N] of a float dtype; of a number the array [] that holds it."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return jnp.full(query.shape[:3], float(value), jnp.float32)
+        return np.asarray(value, np.float32)
     _shape(name, value, query.shape[:3], "an array, a Python number or None")
     _float(name, value)
     return jnp.asarray(value)
@@ -128,7 +128,7 @@ def block_counts(counts: int | Array, query: Array, key: Array) -> int | Array:
 
 def as_int32(counts: int | Array) -> Array:
     """Checked block counts as an int32 array; a number that int32 can't hold means all blocks anyway."""
-    return jnp.asarray(min(counts, 2**31 - 1) if isinstance(counts, int) else counts, jnp.int32)
+    return np.asarray(min(counts, 2**31 - 1), np.int32) if isinstance(counts, int) else counts
 
 
 def cu_seqlens(array: Array) -> Array:

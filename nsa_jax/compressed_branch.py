@@ -8,6 +8,7 @@ import jax
 from nsa_jax import checks, meshes, reference
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -76,6 +77,7 @@ def compressed_attention(
     return results if return_residual else results[0]
 
 
+@one_program
 def _attend(window, stride, length, scale, implementation, query, key, value, segment_ids, query_indices):
     """(output, lse) of checked arguments."""
     if implementation == "triton":

@@ -14,6 +14,7 @@ from nsa_jax import checks, meshes
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
 from nsa_jax.rows.windows import window_starts
+from nsa_jax.runtime.eager import one_program
 from nsa_jax.runtime.transforms import vary_together
 
 Array = jax.Array
@@ -41,6 +42,7 @@ def compress(x: Array, *, window: int, stride: int, segment_ids: Array | None = 
     return meshes.partitioned(pool, (x, segment_ids), lambda x, *_: PartitionSpec(x[0], None, *x[2:]))
 
 
+@one_program
 def _compress(window: int, stride: int, x: Array, segment_ids: Array | None) -> Array:
     batch, length, heads, width = x.shape
     if segment_ids is not None or length < window:
@@ -73,6 +75,7 @@ def gather_windows(x: Array, *, window: int, stride: int, segment_ids: Array | N
     return meshes.partitioned(gather, (x, segment_ids), lambda x, *_: PartitionSpec(x[0], None, None, *x[2:]))
 
 
+@one_program
 def _gather_windows(window: int, stride: int, x: Array, segment_ids: Array | None) -> Array:
     batch, length, heads, width = x.shape
     slots = length // stride

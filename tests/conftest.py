@@ -32,6 +32,21 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def monkeypatch(monkeypatch):
+    """pytest's, after whose setattr functions are traced again: JAX keeps traces of the public ops."""
+    setattr_alone = monkeypatch.setattr
+
+    def setattr_and_forget(*args, **kwargs):
+        setattr_alone(*args, **kwargs)
+        jax.clear_caches()
+
+    monkeypatch.setattr = setattr_and_forget
+    yield monkeypatch
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+@pytest.fixture
 def hopper():
     """Skips the test unless kernels are compiled for a Hopper GPU."""
     from nsa_jax.runtime import device

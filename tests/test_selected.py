@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_close, assert_same_bits, counts_of, normal, packing, qkv, row, run, spans
+from nsa_jax.inverse import more_items
 
 from nsa_jax import selected_attention, tiling
-from nsa_jax.inverse import more_items
 
 # T, block_size, S, counts, G, H, K, V, packed
 SHAPES = [

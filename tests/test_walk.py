@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import packing
-
-from nsa_jax import tiling
 from nsa_jax.inverse import Items, invert, more_items
 from nsa_jax.segments import Blocks
 from nsa_jax.walk import NOWHERE, Walks, choose, walks, walks_in_pairs
+
+from nsa_jax import tiling
 
 B, H, BLOCK = 2, 2, 16
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import checks
+from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
@@ -76,7 +77,12 @@ def segment_ids_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
     """
     ends = checks.cu_seqlens(cu_seqlens)
     length = checks.integer("length", length, 1)
-    ends = ends.reshape(-1, ends.shape[-1])
+    return _numbers(ends, length)
+
+
+@one_program
+def _numbers(ends: Array, length: int) -> Array:
+    ends = ends.reshape(ends.size // ends.shape[-1], ends.shape[-1])
     index = jnp.arange(length, dtype=jnp.int32)
     number = jax.vmap(lambda row: search(row, index, "right"))(ends) - 1
     return jnp.where(index[None, :] < ends[:, -1:], number, -1)

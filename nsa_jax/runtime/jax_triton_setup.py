@@ -35,6 +35,11 @@ def _set_up():
         compile_ahead.finish()
         return triton_lib.triton_kernel_call_lowering(triton_lib.make_cuda_target, ctx, *args, **kwargs)
 
+    def keep(used_outs, *others):  # jax 0.12 passes (live_ins, eqn), 0.11 passes (eqn)
+        eqn = others[-1]
+        return [True] * len(eqn.invars), eqn
+
+    triton_lib.pe.dce_rules[triton_lib.triton_kernel_call_p] = keep
     mlir.register_lowering(triton_lib.triton_kernel_call_p, refuse, platform="cpu")
     mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
     jax_triton_gluon.install(triton_lib)

@@ -72,6 +72,8 @@ def backward_query(
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_query, kernels.backward_query, shape, query.dtype)
 
+    has_d_lse, has_before = branch.d_lse is not None, before is not None  # `run` must hold no traced array
+
     def run(query, key, value, *arrays):
         B, T, N, K = query.shape
         C, H, V = value.shape[1:]
@@ -82,8 +84,8 @@ def backward_query(
             outputs=(jax.ShapeDtypeStruct((B, T, N, K), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * spec.pairs(T, C) * (2 * K + V),
-            ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, HAS_D_LSE=branch.d_lse is not None,
-            HAS_BEFORE=before is not None, **shape,
+            ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, HAS_D_LSE=has_d_lse,
+            HAS_BEFORE=has_before, **shape,
         )  # fmt: skip
 
     d_query, delta = transforms.fold_vmap(run)(

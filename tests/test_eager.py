@@ -1,0 +1,142 @@
+"""Calls outside jit: one program for each op and each derivative, compiled once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+from jax.sharding import PartitionSpec as P
+from public_ops import EVERY_OP
+
+from nsa_jax.runtime.eager import one_program
+
+_compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: _compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def programs(function, *arrays) -> int:
+    """How many programs are compiled for a call."""
+    before = len(_compiled)
+    jax.block_until_ready(function(*arrays))
+    return len(_compiled) - before
+
+
+@pytest.fixture
+def traced():
+    """(a function of x and options under one_program, the options of every trace)."""
+    traces = []
+
+    @one_program
+    def function(x, *options, **named):
+        traces.append((options, named))
+        doubled = jax.tree.map(lambda x: 2 * x if isinstance(x, jax.Array) else x, options)
+        return jax.tree.map(lambda x: x + 1, x), [x for x in jax.tree.leaves(doubled) if isinstance(x, jax.Array)]
+
+    return function, traces
+
+
+X = jnp.arange(4.0, dtype=jnp.float32)
+
+
+def test_static_values_are_told_apart_by_type_too(traced):
+    function, traces = traced
+    for value in (1, True, 1.0, np.float32(1), "1", None, (1, 2), (1, 3), 1, (1, 2)):
+        function(X, value)
+    kinds = [(type(options[0]), options[0]) for options, _ in traces]
+    assert len(traces) == 8
+    assert kinds[:4] == [(int, 1), (bool, True), (float, 1.0), (np.float32, 1)]
+
+
+def test_arrays_anywhere_are_traced(traced):
+    function, traces = traced
+    for scale in (1, 2):
+        x, rest = function({"a": X * scale}, (None, X), where=np.full(2, scale, np.float32))
+        assert jnp.array_equal(x["a"], X * scale + 1) and jnp.array_equal(rest[0], 2 * X)
+    assert len(traces) == 1
+    function(X[:2])
+    function(X.astype(jnp.bfloat16))
+    assert len(traces) == 3
+
+
+def test_what_cannot_be_hashed_is_refused(traced):
+    function, _ = traced
+    with pytest.raises(ValueError, match="hash"):
+        function(X, {1, 2})
+
+
+def test_traced_again_where_the_surroundings_differ(traced, monkeypatch):
+    function, traces = traced
+
+    def count():
+        function(X)
+        function(X)
+        return len(traces)
+
+    assert count() == 1
+    with jax.default_matmul_precision("bfloat16"):
+        assert count() == 2
+    with jax.enable_x64(True):
+        assert count() == 3
+    monkeypatch.setenv("NSA_JAX_COMPUTE_CAPABILITY", "80")
+    assert count() == 4
+    monkeypatch.setenv("NSA_JAX_COMPUTE_CAPABILITY", "90")
+    assert count() == 5
+    monkeypatch.delenv("NSA_JAX_COMPUTE_CAPABILITY")
+    assert count() == 5
+
+
+def test_inlined_under_jit(traced):
+    function, _ = traced
+
+    def loss(x):
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(lambda x: function(x)[0])(x), None), x, length=2)[0].sum()
+
+    for wrapped, x in ((loss, X), (jax.grad(loss), X), (jax.vmap(loss), X[None])):
+        assert "@function" not in jax.jit(wrapped).lower(x).as_text()
+
+
+def test_programs_have_the_name_of_the_function(traced):
+    function, _ = traced
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **tags: compiled.append(tags.get("fun_name")) if "backend_compile" in event else None
+    )
+    function(X)
+    assert compiled == ["jit(function)"]
+
+
+@pytest.mark.parametrize("op", [op for _, op in EVERY_OP], ids=[name for name, _ in EVERY_OP])
+class TestEveryOp:
+    def test_one_program(self, op):
+        jax.clear_caches()
+        assert programs(op.function, *op.arrays) == 1
+        assert programs(op.function, *op.arrays) == 0
+
+    def test_one_program_for_each_derivative(self, op):
+        if not op.floats:
+            pytest.skip("has no gradient")
+        floats, others = op.arrays[: op.floats], op.arrays[op.floats :]
+        cotangent = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(op.function, *op.arrays))
+
+        def gradients(*floats):
+            return jax.vjp(lambda *floats: op.function(*floats, *others), *floats)[1](cotangent)
+
+        jax.clear_caches()
+        assert programs(gradients, *floats) == 2
+        assert programs(gradients, *floats) == 0
+
+    def test_same_as_under_jit(self, op):
+        expected = jax.tree.leaves(jax.jit(op.output_and_gradients)(*op.arrays))
+        assert_close(jax.tree.leaves(op.output_and_gradients(*op.arrays)), expected)
+
+    def test_shard_map(self, op):
+        if op.function.__name__ == "from_cu_seqlens":
+            pytest.skip("has no rows")
+        if op.function.__name__ == "selected":
+            pytest.skip("XLA crashes where an array without elements is sharded")
+        mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+        rows = jax.shard_map(op.output_and_gradients, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
+        expected = jax.tree.leaves(jax.jit(op.output_and_gradients)(*op.arrays))
+        assert_close(jax.tree.leaves(rows(*op.arrays)), expected)
