@@ -1,9 +1,9 @@
 """Attention to chosen blocks of keys on Hopper (sm_90): the passes of selected.py from the query's side, in Gluon.
 
-A unit is TOKENS tokens x G heads, 128 rows, and the walk of its tokens (walk.py). One warp copies the walk's blocks
-into a ring of STAGES slots, as far ahead as the ring allows. Two programs do neighbouring units at the same time, in
-slots of the same number, and what both want comes from the L2 once (hopper_pairs.py): one of them copies the keys into
-both rings, the other the values, when each has told that its slot is free.
+A unit is TOKENS tokens x G heads, 128 rows, and the walk of its tokens (block_lists.py). One warp copies the blocks of
+the walk into a ring of STAGES slots, as far ahead as the ring allows. Two programs do neighbouring units at the same
+time, in slots of the same number, and what both want comes from the L2 once (hopper_pairs.py): one of them copies the
+keys into both rings, the other the values, when each has told that its slot is free.
 
 Eight warps with 16 rows each take every block as it comes, and pass over those that their tokens do not want. A block
 that few want is multiplied by each warp that wants it, for itself (`mma_v2`, 16 rows: nothing wasted, but each warp
@@ -21,9 +21,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma
 
+from .block_lists import SHARED
 from .hopper import LN2, LOG2E, as_columns, as_rows, store_rows
 from .hopper_pairs import arrive, arrive_at_other, copy_to_both, meet, rank_in_pair, wait
-from .walk import SHARED
 
 WARPS = gl.constexpr(8)
 ROWS = gl.constexpr(128)
@@ -79,39 +79,81 @@ def _bits(wanted_by, warp, NEIGHBOURS: gl.constexpr, G: gl.constexpr):
 
 
 @gluon.jit
-def _wanted(wanted_by, warp, local, G: gl.constexpr, TOGETHER: gl.constexpr):
+def _wanted(wanted_by, warp, local, SHAPE: gl.constexpr):
     """Whether this warp wants a block, which rows do, of this warp, and whether its warpgroup multiplies it as one."""
-    mine = _bits(wanted_by, warp, 16, G) != 0
-    live = ((wanted_by >> local) & 1 == 1) if G < 16 else mine
-    return mine, live, _set_bits(_bits(wanted_by, warp, 64, G)) >= TOGETHER
+    mine = _bits(wanted_by, warp, 16, SHAPE.G) != 0
+    live = ((wanted_by >> local) & 1 == 1) if SHAPE.G < 16 else mine
+    return mine, live, _set_bits(_bits(wanted_by, warp, 64, SHAPE.G)) >= SHAPE.TOGETHER
+
+
+@gluon.aggregate
+class Rows:
+    """The rows of a unit.
+
+    Attributes:
+        base: where the first one stands in [B, T, N].
+        token: where the first token stands in [B, T].
+        offset: [ROWS], from base.
+        inside: [ROWS], whether there is such a row.
+        local: [ROWS], the token's number in the unit.
+    """
+
+    base: gl.tensor
+    token: gl.tensor
+    offset: gl.tensor
+    inside: gl.tensor
+    local: gl.tensor
+
+    @gluon.jit
+    def load(self, source, D: gl.constexpr, layout: gl.constexpr):
+        """[ROWS, D] of source [B, T, N, D]; rows that do not exist read as zero."""
+        column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+        pointer = source + self.base * D + (self.offset[:, None] * D + column[None, :])
+        return gl.load(pointer, mask=self.inside[:, None], other=0.0)
 
 
 @gluon.jit
-def _place_rows(
-    pair, rank, layout: gl.constexpr, T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, TOKENS: gl.constexpr,
-    TILES: gl.constexpr,
-):  # fmt: skip
-    """Where a unit's first row stands in [B, T, N], its first token in [B, T], the rows' offsets, reality, token."""
-    at = (pair % TILES * 2 + rank) * TOKENS
-    head = pair // TILES % H
-    token = (pair // (TILES * H)).to(gl.int64) * T + at
-    slot = gl.arange(0, ROWS, layout=layout)
-    local = slot // G
-    return (token * H + head) * G, token, local * (H * G) + slot % G, at + local < T, local
+def _rows(pair, rank, layout: gl.constexpr, SHAPE: gl.constexpr):
+    """The `Rows` of a unit."""
+    at = (pair % SHAPE.TILES * 2 + rank) * SHAPE.TOKENS
+    head = pair // SHAPE.TILES % SHAPE.H
+    token = (pair // (SHAPE.TILES * SHAPE.H)).to(gl.int64) * SHAPE.T + at
+    row = gl.arange(0, ROWS, layout=layout)
+    local = row // SHAPE.G
+    base = (token * SHAPE.H + head) * SHAPE.G
+    return Rows(base, token, local * SHAPE.N + row % SHAPE.G, at + local < SHAPE.T, local)
 
 
-@gluon.jit
-def _load_rows(source, base, offset, inside, D: gl.constexpr, layout: gl.constexpr):
-    """[ROWS, D] in a layout; rows that are not real read as zero."""
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    return gl.load(source + base * D + (offset[:, None] * D + column[None, :]), mask=inside[:, None], other=0.0)
+@gluon.aggregate
+class Walk:
+    """The walk of a unit: pointers, where its entries begin there, and its steps."""
+
+    begins: gl.tensor
+    members: gl.tensor
+    at: gl.tensor
+    steps: gl.tensor
+
+    @gluon.jit
+    def step(self, i, SHAPE: gl.constexpr):
+        """Step i, or the last: the first key, and who wants the block."""
+        begins, members = self.begins + self.at, self.members + self.at
+        i = gl.maximum(gl.minimum(i, self.steps - 1), 0)
+        return gl.load(begins + i // SHAPE.PIECES) + i % SHAPE.PIECES * SHAPE.KEYS, gl.load(members + i // SHAPE.PIECES)
 
 
-@gluon.jit
-def _step(i, steps, begins, members, SHARES: gl.constexpr, KEYS: gl.constexpr):
-    """Step i of a walk, or its last: the first key, and who wants the block."""
-    i = gl.maximum(gl.minimum(i, steps - 1), 0)
-    return gl.load(begins + i // SHARES) + i % SHARES * KEYS, gl.load(members + i // SHARES)
+@gluon.aggregate
+class Walks:
+    """Pointers to the walks of all units, see `walk_in_pairs` of block_lists.py."""
+
+    begins: gl.tensor
+    members: gl.tensor
+    counts: gl.tensor
+
+    @gluon.jit
+    def of(self, pair, rank, SHAPE: gl.constexpr):
+        """The `Walk` of a unit."""
+        at = (pair.to(gl.int64) * 2 + rank) * SHAPE.ENTRIES
+        return Walk(self.begins, self.members, at, gl.load(self.counts + pair) * SHAPE.PIECES)
 
 
 @gluon.jit
@@ -121,44 +163,88 @@ def _hide(score, first, row_place, layout: gl.constexpr, KEYS: gl.constexpr):
     return gl.where(where[None, :] <= row_place[:, None], score, float("-inf"))
 
 
+@gluon.aggregate
+class Ring:
+    """Slots for keys and values, and per slot a barrier for "full", one for "empty", one for "empty in the other".
+
+    The n-th block that is put into the ring lies in slot n % STAGES.
+    """
+
+    keys: gl.shared_memory_descriptor
+    values: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def wait_empty(self, n):
+        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def wait_full(self, n, rank):
+        wait(self.full.index(n % self.STAGES), (n // self.STAGES) & 1, rank)
+
+    @gluon.jit
+    def release(self, n, rank):
+        arrive(self.empty.index(n % self.STAGES), rank)
+
+
 @gluon.jit
-def _copy_blocks(
-    key, value, begins, members, counts, keys, values, full, empty, ready, KERNEL: gl.constexpr,
-    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
-    TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _ring(key, value, SHAPE: gl.constexpr):
+    """The ring of a program."""
+    STAGES: gl.constexpr = SHAPE.STAGES
+    keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, SHAPE.KEYS, SHAPE.K], key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, SHAPE.KEYS, SHAPE.V], value.layout)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    ready = mbarrier.allocate_mbarrier(batch=STAGES)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=WARPS)
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    gl.barrier()
+    return Ring(keys, values, full, empty, ready, STAGES)
+
+
+@gluon.jit
+def _copy_blocks(key, value, walks, ring, KERNEL: gl.constexpr, SHAPE: gl.constexpr):
     """Fills slot after slot of the ring with the blocks of the program's units."""
+    KEYS: gl.constexpr = SHAPE.KEYS
+    K: gl.constexpr = SHAPE.K
+    V: gl.constexpr = SHAPE.V
     KEY: gl.constexpr = KERNEL + "_param_1"
     VALUE: gl.constexpr = KERNEL + "_param_8"
     rank = rank_in_pair()
     meet()
     n = 0
     phases = 0  # of `ready`, a bit per slot
-    for pair in range(gl.program_id(0) // 2, UNITS, PROGRAMS):
-        head = pair // TILES % H
-        row = pair // (TILES * H)
-        walk = (pair.to(gl.int64) * 2 + rank) * WALK
-        steps = gl.load(counts + pair) * SHARES
-        first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
-        for i in range(steps):
-            slot = n % STAGES
-            first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
-            mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+    for pair in range(gl.program_id(0) // 2, SHAPE.UNITS, SHAPE.PROGRAMS):
+        head = pair // SHAPE.TILES % SHAPE.H
+        batch = pair // (SHAPE.TILES * SHAPE.H)
+        walk = walks.of(pair, rank, SHAPE)
+        first, wanted_by = walk.step(0, SHAPE)
+        for i in range(walk.steps):
+            slot = n % SHAPE.STAGES
+            first_ahead, wanted_ahead = walk.step(i + 1, SHAPE)
+            ring.wait_empty(n)
+            full = ring.full.index(slot)
             if wanted_by == 0:
-                arrive(full.index(slot), rank)
+                arrive(full, rank)
             else:
-                mbarrier.expect(full.index(slot), 2 * KEYS * (K + V))
+                mbarrier.expect(full, 2 * KEYS * (K + V))
                 if wanted_by >= SHARED:
-                    arrive_at_other(ready.index(slot), rank)
-                    wait(ready.index(slot), (phases >> slot) & 1, rank)
+                    arrive_at_other(ring.ready.index(slot), rank)
+                    wait(ring.ready.index(slot), (phases >> slot) & 1, rank)
                     phases ^= 1 << slot
                     if rank == 0:
-                        copy_to_both(KEY, row, first, head * K, full.index(slot), keys.index(slot), rank, K, KEYS)
+                        copy_to_both(KEY, batch, first, head * K, full, ring.keys.index(slot), rank, K, KEYS)
                     else:
-                        copy_to_both(VALUE, row, first, head * V, full.index(slot), values.index(slot), rank, V, KEYS)
+                        copy_to_both(VALUE, batch, first, head * V, full, ring.values.index(slot), rank, V, KEYS)
                 else:
-                    tma.async_load(key, [row, first, head * K], full.index(slot), keys.index(slot))
-                    tma.async_load(value, [row, first, head * V], full.index(slot), values.index(slot))
+                    tma.async_load(key, [batch, first, head * K], full, ring.keys.index(slot))
+                    tma.async_load(value, [batch, first, head * V], full, ring.values.index(slot))
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
 
@@ -182,40 +268,37 @@ def _online_step(score, peak, total, sums, live, FACTOR: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
-    query, place, begins, members, counts, edges, output, lse, keys, values, full, empty,
-    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr, SCALE: gl.constexpr,
-    TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr, TOGETHER: gl.constexpr,
-    TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _attend(query, place, walks, edges, output, lse, ring, SHAPE: gl.constexpr):
     """The forward pass of the eight warps."""
+    KEYS: gl.constexpr = SHAPE.KEYS
+    K: gl.constexpr = SHAPE.K
+    V: gl.constexpr = SHAPE.V
     group_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
     group_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, V, 16])
-    FACTOR: gl.constexpr = SCALE * LOG2E
+    FACTOR: gl.constexpr = SHAPE.SCALE * LOG2E
     dtype: gl.constexpr = query.dtype.element_ty
     warp = _warp()
     rank = rank_in_pair()
     meet()
     n = 0
-    for pair in range(gl.program_id(0) // 2, UNITS, PROGRAMS):
-        walk = (pair.to(gl.int64) * 2 + rank) * WALK
-        steps = gl.load(counts + pair) * SHARES
+    for pair in range(gl.program_id(0) // 2, SHAPE.UNITS, SHAPE.PROGRAMS):
+        walk = walks.of(pair, rank, SHAPE)
         edge = gl.load(edges + pair)
-        base, _, offset, inside, _ = _place_rows(pair, rank, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
-        q = _load_rows(query, base, offset, inside, K, LEFT)
-        base, token, offset, inside, local = _place_rows(pair, rank, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
-        row_place = gl.load(place + token + local, mask=inside, other=-1)
+        rows = _rows(pair, rank, gl.SliceLayout(1, LEFT), SHAPE)
+        q = rows.load(query, K, LEFT)
+        rows = _rows(pair, rank, gl.SliceLayout(1, MMA), SHAPE)
+        row_place = gl.load(place + rows.token + rows.local, mask=rows.inside, other=-1)
         peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
         total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, MMA))
         sums = gl.full([ROWS, V], 0.0, gl.float32, MMA)
-        first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
-        for i in range(steps):
-            slot = n % STAGES
-            first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
-            mine, live, together = _wanted(wanted_by, warp, local, G, TOGETHER)
-            wait(full.index(slot), (n // STAGES) & 1, rank)
-            k_columns = as_columns(keys.index(slot), KEYS, K)
-            v = as_rows(values.index(slot), KEYS, V)
+        first, wanted_by = walk.step(0, SHAPE)
+        for i in range(walk.steps):
+            slot = n % SHAPE.STAGES
+            first_ahead, wanted_ahead = walk.step(i + 1, SHAPE)
+            mine, live, together = _wanted(wanted_by, warp, rows.local, SHAPE)
+            ring.wait_full(n, rank)
+            k_columns = as_columns(ring.keys.index(slot), KEYS, K)
+            v = as_rows(ring.values.index(slot), KEYS, V)
             if together:
                 a = gl.convert_layout(q, gl.DotOperandLayout(0, group_k, 2), assert_trivial=True)
                 nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, group_k)
@@ -232,108 +315,93 @@ def _attend(
                     score = _hide(score, first, row_place, MMA, KEYS)
                 p, peak, total, sums = _online_step(score, peak, total, sums, live, FACTOR)
                 sums = mma_v2(gl.convert_layout(p.to(dtype), LEFT, assert_trivial=True), v.load(RIGHT), sums)
-            arrive(empty.index(slot), rank)
+            ring.release(n, rank)
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         seen = total > 0.0
         total = gl.where(seen, total, 1.0)
-        store_rows(output, base, offset, sums * (1.0 / total)[:, None], inside, V, MMA)
-        gl.store(lse + base + offset, gl.where(seen, (peak + gl.log2(total)) * LN2, float("-inf")), mask=inside)
+        store_rows(output, rows.base, rows.offset, sums * (1.0 / total)[:, None], rows.inside, V, MMA)
+        at = lse + rows.base + rows.offset
+        gl.store(at, gl.where(seen, (peak + gl.log2(total)) * LN2, float("-inf")), mask=rows.inside)
 
 
 @gluon.jit
-def _ring(key, value, KEYS: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr):
-    """Slots for keys and values, and per slot a barrier for "filled", one for "free", one for "free in the other"."""
-    keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, K], key.layout)
-    values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, KEYS, V], value.layout)
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    ready = mbarrier.allocate_mbarrier(batch=STAGES)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=WARPS)
-        mbarrier.init(ready.index(i), count=1)
-    fence_async_shared()
-    gl.barrier()
-    return keys, values, full, empty, ready
-
-
-@gluon.jit
-def forward(
-    query, key, value, place, begins, members, counts, edges, output, lse,
-    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    SCALE: gl.constexpr, TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
-    TOGETHER: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def forward(query, key, value, place, begins, members, counts, edges, output, lse, SHAPE: gl.constexpr):
     """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS pairs, for UNITS pairs of units."""
-    keys, values, full, empty, ready = _ring(key, value, KEYS, K, V, STAGES)
+    ring = _ring(key, value, SHAPE)
+    walks = Walks(begins, members, counts)
     gl.warp_specialize(
         [
-            (_attend, (
-                query, place, begins, members, counts, edges, output, lse, keys, values, full, empty,
-                T, H, G, K, V, SCALE, TOKENS, WALK, KEYS, SHARES, TOGETHER, TILES, UNITS, PROGRAMS, STAGES,
-            )),
-            (_copy_blocks, (
-                key, value, begins, members, counts, keys, values, full, empty, ready, "forward",
-                H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
-            )),
+            (_attend, (query, place, walks, edges, output, lse, ring, SHAPE)),
+            (_copy_blocks, (key, value, walks, ring, "forward", SHAPE)),
             (_only_meet, ()),
             (_only_meet, ()),
         ],
         [1, 1, 2],
         [24, 24, 24],
-    )  # fmt: skip
+    )
+
+
+@gluon.aggregate
+class Branch:
+    """Pointers to what the query pass takes of a branch; the cotangent of its output is weight * d_output."""
+
+    d_output: gl.tensor
+    output: gl.tensor
+    lse: gl.tensor
+    weight: gl.tensor
+    d_lse: gl.tensor
 
 
 @gluon.jit
 def _differentiate(
-    query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, edges, d_query, delta,
-    keys, values, full, empty,
-    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr, SCALE: gl.constexpr,
-    TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr, TOGETHER: gl.constexpr,
-    TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, HAS_D_LSE: gl.constexpr,
-    HAS_BEFORE: gl.constexpr,
+    query, branch, before, place, walks, edges, d_query, delta, ring,
+    SHAPE: gl.constexpr, HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
 ):  # fmt: skip
     """The query pass of the eight warps."""
+    KEYS: gl.constexpr = SHAPE.KEYS
+    K: gl.constexpr = SHAPE.K
+    V: gl.constexpr = SHAPE.V
     HALVES: gl.constexpr = KEYS // HALF
     group_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     group_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, K, 16])
     PART: gl.constexpr = 16
+    FACTOR: gl.constexpr = SHAPE.SCALE * LOG2E
     dtype: gl.constexpr = query.dtype.element_ty
     warp = _warp()
     rank = rank_in_pair()
     meet()
     n = 0
-    for pair in range(gl.program_id(0) // 2, UNITS, PROGRAMS):
-        walk = (pair.to(gl.int64) * 2 + rank) * WALK
-        steps = gl.load(counts + pair) * SHARES
+    for pair in range(gl.program_id(0) // 2, SHAPE.UNITS, SHAPE.PROGRAMS):
+        walk = walks.of(pair, rank, SHAPE)
         edge = gl.load(edges + pair)
-        base, _, offset, inside, _ = _place_rows(pair, rank, gl.SliceLayout(1, LEFT), T, H, G, TOKENS, TILES)
-        q = _load_rows(query, base, offset, inside, K, LEFT)
-        do = _load_rows(d_output, base, offset, inside, V, LEFT)
-        o = _load_rows(output, base, offset, inside, V, LEFT)
+        rows = _rows(pair, rank, gl.SliceLayout(1, LEFT), SHAPE)
+        q = rows.load(query, K, LEFT)
+        do = rows.load(branch.d_output, V, LEFT)
+        o = rows.load(branch.output, V, LEFT)
         row_delta = gl.sum(do.to(gl.float32) * o.to(gl.float32), 1)
         row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, MMA), assert_trivial=True)
-        base, token, offset, inside, local = _place_rows(pair, rank, gl.SliceLayout(1, MMA), T, H, G, TOKENS, TILES)
-        row_lse = gl.load(lse + base + offset, mask=inside, other=float("inf"))
+        rows = _rows(pair, rank, gl.SliceLayout(1, MMA), SHAPE)
+        base, offset, inside = rows.base, rows.offset, rows.inside
+        row_lse = gl.load(branch.lse + base + offset, mask=inside, other=float("inf"))
         if HAS_D_LSE:
-            row_delta -= gl.load(d_lse + base + offset, mask=inside, other=0.0)
+            row_delta -= gl.load(branch.d_lse + base + offset, mask=inside, other=0.0)
         row_delta = gl.where(row_lse == float("-inf"), 0.0, row_delta)
         gl.store(delta + base + offset, row_delta, mask=inside)
         row_lse *= LOG2E
-        row_place = gl.load(place + token + local, mask=inside, other=-1)
+        row_place = gl.load(place + rows.token + rows.local, mask=inside, other=-1)
         dq = gl.full([ROWS, K], 0.0, gl.float32, MMA)
-        first, wanted_by = _step(0, steps, begins + walk, members + walk, SHARES, KEYS)
-        for i in range(steps):
-            slot = n % STAGES
-            first_ahead, wanted_ahead = _step(i + 1, steps, begins + walk, members + walk, SHARES, KEYS)
-            mine, live, together = _wanted(wanted_by, warp, local, G, TOGETHER)
+        first, wanted_by = walk.step(0, SHAPE)
+        for i in range(walk.steps):
+            slot = n % SHAPE.STAGES
+            first_ahead, wanted_ahead = walk.step(i + 1, SHAPE)
+            mine, live, together = _wanted(wanted_by, warp, rows.local, SHAPE)
             # one number per row hides all of it, which costs less than a mask
             subtrahend = gl.where(live, row_lse, float("inf"))
-            wait(full.index(slot), (n // STAGES) & 1, rank)
-            k = as_rows(keys.index(slot), KEYS, K)
-            k_columns = as_columns(keys.index(slot), KEYS, K)
-            v_columns = as_columns(values.index(slot), KEYS, V)
+            ring.wait_full(n, rank)
+            k = as_rows(ring.keys.index(slot), KEYS, K)
+            k_columns = as_columns(ring.keys.index(slot), KEYS, K)
+            v_columns = as_columns(ring.values.index(slot), KEYS, V)
             if together:
                 nothing = gl.full([ROWS, HALF], 0.0, gl.float32, group_s)
                 q_side = gl.convert_layout(q, gl.DotOperandLayout(0, group_s, 2), assert_trivial=True)
@@ -344,7 +412,7 @@ def _differentiate(
                     v_half = v_columns.slice(j * HALF, HALF, dim=1)
                     score = warpgroup_mma(q_side, k_half, nothing, use_acc=False, is_async=True)
                     dp = warpgroup_mma(do_side, v_half, nothing, use_acc=False, is_async=True)
-                    score = gl.convert_layout(_finished(score, 1), MMA, assert_trivial=True) * (SCALE * LOG2E)
+                    score = gl.convert_layout(_finished(score, 1), MMA, assert_trivial=True) * FACTOR
                     if first > edge:
                         score = _hide(score, first + j * HALF, row_place, MMA, HALF)
                     p = gl.exp2(score - subtrahend[:, None])
@@ -356,48 +424,60 @@ def _differentiate(
             elif mine:
                 for j in gl.static_range(KEYS // PART):
                     nothing = gl.full([ROWS, PART], 0.0, gl.float32, MMA)
-                    score = mma_v2(q, k_columns.slice(j * PART, PART, dim=1).load(RIGHT), nothing) * (SCALE * LOG2E)
+                    score = mma_v2(q, k_columns.slice(j * PART, PART, dim=1).load(RIGHT), nothing) * (
+                        SHAPE.SCALE * LOG2E
+                    )
                     dp = mma_v2(do, v_columns.slice(j * PART, PART, dim=1).load(RIGHT), nothing)
                     if first > edge:
                         score = _hide(score, first + j * PART, row_place, MMA, PART)
                     ds = gl.exp2(score - subtrahend[:, None]) * (dp - row_delta[:, None])
                     a = gl.convert_layout(ds.to(dtype), LEFT, assert_trivial=True)
                     dq = mma_v2(a, k.slice(j * PART, PART).load(RIGHT), dq)
-            arrive(empty.index(slot), rank)
+            ring.release(n, rank)
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
-        dq *= (gl.load(weight + base + offset, mask=inside, other=0.0) * SCALE)[:, None]
+        dq *= (gl.load(branch.weight + base + offset, mask=inside, other=0.0) * SHAPE.SCALE)[:, None]
         if HAS_BEFORE:
-            dq += _load_rows(before, base, offset, inside, K, MMA).to(gl.float32)
+            dq += rows.load(before, K, MMA).to(gl.float32)
         store_rows(d_query, base, offset, dq, inside, K, MMA)
 
 
 @gluon.jit
 def backward_query(
-    query, key, value, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, edges,
-    d_query, delta,
-    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    SCALE: gl.constexpr, TOKENS: gl.constexpr, WALK: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr,
-    TOGETHER: gl.constexpr, TILES: gl.constexpr, UNITS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    d_output,
+    output,
+    lse,
+    weight,
+    d_lse,
+    before,
+    place,
+    begins,
+    members,
+    counts,
+    edges,
+    d_query,
+    delta,
+    SHAPE: gl.constexpr,
+    HAS_D_LSE: gl.constexpr,
+    HAS_BEFORE: gl.constexpr,
+):
     """d_query [B, T, N, K] and delta float32 [B, T, N], as selected.py's `backward_query` gives. Grid: as `forward`."""
-    keys, values, full, empty, ready = _ring(key, value, KEYS, K, V, STAGES)
+    ring = _ring(key, value, SHAPE)
+    walks = Walks(begins, members, counts)
+    branch = Branch(d_output, output, lse, weight, d_lse)
     gl.warp_specialize(
         [
-            (_differentiate, (
-                query, d_output, output, lse, weight, d_lse, before, place, begins, members, counts, edges,
-                d_query, delta, keys, values, full, empty,
-                T, H, G, K, V, SCALE, TOKENS, WALK, KEYS, SHARES, TOGETHER, TILES, UNITS, PROGRAMS, STAGES,
-                HAS_D_LSE, HAS_BEFORE,
-            )),
-            (_copy_blocks, (
-                key, value, begins, members, counts, keys, values, full, empty, ready, "backward_query",
-                H, K, V, WALK, KEYS, SHARES, TILES, UNITS, PROGRAMS, STAGES,
-            )),
+            (
+                _differentiate,
+                (query, branch, before, place, walks, edges, d_query, delta, ring, SHAPE, HAS_D_LSE, HAS_BEFORE),
+            ),
+            (_copy_blocks, (key, value, walks, ring, "backward_query", SHAPE)),
             (_only_meet, ()),
             (_only_meet, ()),
         ],
         [1, 1, 2],
         [24, 24, 24],
-    )  # fmt: skip
+    )

@@ -107,16 +107,17 @@ def _triton(query, key, value, block_indices, *, block_counts, block_size, scale
     return attend(spec, query, key, value, route(query, value, choice, spec))
 
 
-def _constants(query: Array, value: Array, spec: Spec) -> dict:
+def _shape(query: Array, value: Array, spec: Spec) -> dict:
+    """The fields that the shapes of all kernels of kernels/selected.py have, but for the sizes of tiles."""
     (_, T, N, K), (_, C, H, V) = query.shape, value.shape
     return {
         "T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "SCALE": spec.scale, "WINDOW": spec.window_size,
-        "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V), "PRECISION": spec.precision,
+        "BLOCK": spec.block_size, "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V), "PRECISION": spec.precision,
     }  # fmt: skip
 
 
-def _columns(constants: dict) -> int:
-    return sum(constants["K_PARTS"]) + sum(constants["V_PARTS"])
+def _columns(shape: dict) -> int:
+    return sum(shape["K_PARTS"]) + sum(shape["V_PARTS"])
 
 
 def _wanted(choice: Choice) -> int:
@@ -151,10 +152,12 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
         spec: see `Spec`.
         **constants: that the kernel has beside those of all.
     """
+    from nsa_jax.kernels.selected_shape import QueryShape
+
     query, _, value = arrays[:3]
-    constants |= _constants(query, value, spec)
-    S, G, capability = _wanted(routes.choice), constants["G"], launch.capability_of(kernel)
-    tile = pick(capability, _columns(constants), query.dtype.itemsize, G, spec.block_size)
+    shape = _shape(query, value, spec)
+    S, G, capability = _wanted(routes.choice), shape["G"], launch.capability_of(kernel)
+    tile = pick(capability, _columns(shape), query.dtype.itemsize, G, spec.block_size)
     tokens = tiling.selected_tokens(G)
 
     def run(query, key, value, *arrays):
@@ -163,10 +166,13 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
         return launch.launch(
             kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
-            programs=tiles * constants["H"] * B, warps=tile.warps, stages=tile.stages,
+            programs=tiles * shape["H"] * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * products,
-            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys,
-            AHEAD=tiling.selected_ahead(capability), TILES=tiles, **constants,
+            SHAPE=QueryShape(
+                **shape, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens, ENTRIES=tokens * S,
+                AHEAD=tiling.selected_ahead(capability),
+            ),
+            **constants,
         )  # fmt: skip
 
     return launch.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks)
@@ -227,15 +233,16 @@ def backward_key_value(
     routes: Routes, spec: Spec,
 ) -> tuple[Array, Array]:  # fmt: skip
     """(d_key [B, C, H, K], d_value [B, C, H, V]); branches and deltas as in `backward_query`."""
-    from nsa_jax.kernels import selected as kernels
+    from nsa_jax.kernels import selected_keys as kernels
+    from nsa_jax.kernels.selected_shape import KeyShape
 
     choice = routes.choice
     T, S = query.shape[1], _wanted(choice)
     if S == 0:
         return jnp.zeros_like(key), jnp.zeros_like(value)
-    constants = _constants(query, value, spec)
+    shape = _shape(query, value, spec)
     capability = launch.capability_of(kernels.backward_key_value)
-    tile = tiling.selected_backward_key_value(capability, _columns(constants), key.dtype.itemsize, spec.block_size)
+    tile = tiling.selected_backward_key_value(capability, _columns(shape), key.dtype.itemsize, spec.block_size)
     chunk = tiling.selected_chunk(capability)
     stretch = tiling.selected_stretch(capability)
     more = more_items(T, S, spec.block_size, chunk, stretch)
@@ -262,8 +269,10 @@ def backward_key_value(
                 kernels.backward_key_value, query, key, value, *arrays, *items.of_kernels(), blocks.begin, blocks.end,
                 outputs=outputs, programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps,
                 stages=tile.stages, flops=flops,
-                BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
-                ITEMS=items.block.shape[2], MORE=max(more, 1), PROGRAMS=programs, **constants,
+                SHAPE=KeyShape(
+                    **shape, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
+                    ITEMS=items.block.shape[2], MORE=max(more, 1), PROGRAMS=programs,
+                ),
             )  # fmt: skip
         if not more:
             return d_key, d_value
@@ -282,7 +291,7 @@ def backward_key_value(
 
 def _combine(first: Array, rest: Array, further: Array, blocks: Blocks, dtype) -> Array:
     """first [B, C, H, D] plus the further items of each block, in rest [B, H, MORE, block_size, D], as `dtype`."""
-    from nsa_jax.kernels import selected as kernels
+    from nsa_jax.kernels import selected_keys as kernels
 
     B, C, H, D = first.shape
     more, block_size = rest.shape[2:4]

@@ -86,7 +86,9 @@ def backward_key_value(
 
 def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, scale, **constants) -> list[Array]:
     """Runs a kernel on arrays that begin with query, key and value; products: multiplications per head and key."""
-    (_, T, N, K), (_, _, H, V) = arrays[0].shape, arrays[2].shape
+    from nsa_jax.kernels.selected_shape import PairedShape
+
+    (_, T, N, K), (_, C, H, V) = arrays[0].shape, arrays[2].shape
     pairs, _, entries = walks.begins.shape[2:]
 
     def run(query, key, value, *arrays):
@@ -100,9 +102,12 @@ def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, sca
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=programs, warps=8, stages=1,
             flops=2 * B * T * N * entries // tile.tokens * block_size * products,
-            T=T, H=H, G=N // H, K=K, V=V, SCALE=scale, TOKENS=tile.tokens, WALK=entries, KEYS=tile.keys,
-            SHARES=block_size // tile.keys, TOGETHER=tiling.hopper_together(N // H), TILES=pairs, UNITS=units,
-            PROGRAMS=programs, STAGES=tile.stages, **constants,
+            SHAPE=PairedShape(
+                T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=scale, BLOCK=block_size, KEYS=tile.keys, TOKENS=tile.tokens,
+                ENTRIES=entries, TOGETHER=tiling.hopper_together(N // H), TILES=pairs, UNITS=units, PROGRAMS=programs,
+                STAGES=tile.stages,
+            ),
+            **constants,
         )  # fmt: skip
 
     return launch.fold_vmap(run)(*arrays, place, *walks)

@@ -108,16 +108,16 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-WALK_SORTS = 2048  # entries up to which kernels/walk.py sorts: beyond, its code is too long to compile
+WALK_SORTS = 2048  # entries up to which kernels/block_lists.py sorts: beyond, its code is too long to compile
 
 
 def walk_units(entries: int) -> int:
-    """Tiles of tokens that one program of kernels/walk.py does, each with that many entries."""
+    """Tiles of tokens that one program of kernels/block_lists.py does, each with that many entries."""
     return max(1, 512 // entries)
 
 
 def walk_warps(entries: int) -> int:
-    """Warps of a program of kernels/walk.py: up to 8 entries a thread, where so many threads can be."""
+    """Warps of a program of kernels/block_lists.py: up to 8 entries a thread, where so many threads can be."""
     return max(4, min(16, entries // 256))
 
 

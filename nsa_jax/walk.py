@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 
 class Walks(NamedTuple):
-    """The blocks that tiles of tokens walk, see kernels/walk.py.
+    """The blocks that tiles of tokens walk, see kernels/block_lists.py.
 
     Attributes:
         begins: int32 [B, H, tiles, tokens * (S + X)], first keys, ascending, without repeats, NOWHERE after the last.
@@ -48,7 +48,7 @@ class Walks(NamedTuple):
 
 
 class PairedWalks(NamedTuple):
-    """What pairs of tiles of tokens walk at the same time, step by step, see kernels/walk.py.
+    """What pairs of tiles of tokens walk at the same time, step by step, see kernels/block_lists.py.
 
     Of what is behind the steps nothing is known.
 
@@ -107,7 +107,7 @@ def _blocks_touched(window_size: int, block_size: int) -> int:
 
 def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) -> Walks:
     """The Walks of tiles of `tokens` tokens, at most 16; the other arguments as in `choose`."""
-    from nsa_jax.kernels import walk as kernels
+    from nsa_jax.kernels import block_lists as kernels
 
     B, T, H, chosen = choice.selected.shape
     touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
@@ -118,14 +118,16 @@ def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) ->
 
 def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
     """The PairedWalks of tiles of `tokens` tokens, at most 16, of a choice without a window."""
-    from nsa_jax.kernels import walk as kernels
+    from nsa_jax.kernels import block_lists as kernels
 
-    constants = {"CHOSEN": choice.selected.shape[3], "BLOCK": block_size}
+    constants = {"CHOSEN": choice.selected.shape[3], "BLOCK": block_size, "WINDOW": 0}
     return PairedWalks(*_launch(kernels.walk_in_pairs, choice.selected, choice, 2 * tokens, (2,), constants))
 
 
 def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]:
-    """Runs a kernel of kernels/walk.py; parts: axes into which the entries of `tokens` tokens are cut."""
+    """Runs a kernel of kernels/block_lists.py; parts: axes into which the entries of `tokens` tokens are cut."""
+    from nsa_jax.kernels.block_lists import WalkShape
+
     length = choice.blocks.number.shape[1]
 
     def run(first_keys, place):
@@ -143,8 +145,9 @@ def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]
             kernel, first_keys, place,
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
             programs=-(-tiles // units) * H * B, warps=tiling.walk_warps(entries), stages=1, flops=0,
-            T=T, H=H, S=S, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
-            ROUNDS=entries.bit_length() - 1, WIDE=wide, SORTED=is_sorted, **constants,
+            SHAPE=WalkShape(
+                T=T, H=H, S=S, TOKENS=tokens, PER_PROGRAM=units, WIDE=wide, SORTED=is_sorted, **constants
+            ),
         )  # fmt: skip
 
     return launch.fold_vmap(run)(first_keys, choice.place)
