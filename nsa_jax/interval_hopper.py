@@ -53,7 +53,7 @@ def forward(
 
     pairs: about how many (query, key) pairs a head computes, for profiles.
     """
-    from nsa_jax.kernels import interval_hopper as kernels
+    from nsa_jax.kernels.sm90 import interval as kernels
 
     keep = addends is None or addends.keep
     summed = () if addends is None else (addends.gate, *(array for pair in addends.others for array in pair))
