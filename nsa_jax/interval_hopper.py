@@ -53,7 +53,7 @@ def forward(
 
     pairs: about how many (query, key) pairs a head computes, for profiles.
     """
-    from nsa_jax.kernels import interval_hopper as kernels
+    from nsa_jax.kernels.sm90 import interval as kernels
 
     keep = addends is None or addends.keep
     summed = () if addends is None else (addends.gate, *(array for pair in addends.others for array in pair))
@@ -90,7 +90,7 @@ def backward_key_value(
 
     reach: most queries that see one key, 0 if any number can.
     """
-    from nsa_jax.kernels import interval_hopper_keys as kernels
+    from nsa_jax.kernels.sm90 import interval_keys as kernels
 
     def run(query, key, value, d_output, *arrays):
         (B, T, N, K), (_, C, H, V) = query.shape, value.shape
@@ -104,7 +104,7 @@ def backward_key_value(
             outputs=tuple(jax.ShapeDtypeStruct((shares, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * shares * H * B, warps=4, stages=1, registers=tiling.HOPPER_KEYS_REGISTERS,
             flops=2 * B * N * pairs * (2 * K + 2 * V),
-            TILES=tiles, SHARES=shares, STAGES=tiling.hopper_keys_stages(K, V), **shape,
+            TILES=tiles, SPLITS=shares, STAGES=tiling.hopper_keys_stages(K, V), **shape,
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
