@@ -1,4 +1,4 @@
-"""Starts kernels/selected_hopper.py and selected_hopper_keys.py: the selected branch on Hopper GPUs."""
+"""Starts kernels/sm90/selected.py and selected_keys.py: the selected branch on Hopper GPUs."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def forward(
     scale: float,
 ) -> tuple[Array, Array]:  # fmt: skip
     """(output [B, T, N, V], lse float32 [B, T, N]), as `selected.forward` gives them."""
-    from nsa_jax.kernels import selected_hopper as kernels
+    from nsa_jax.kernels.sm90 import selected as kernels
 
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
@@ -45,7 +45,7 @@ def backward_query(
     tile: tiling.HopperTile, block_size: int, scale: float, before: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """(d_query [B, T, N, K], delta float32 [B, T, N]), as `selected.backward_query` gives them."""
-    from nsa_jax.kernels import selected_hopper as kernels
+    from nsa_jax.kernels.sm90 import selected as kernels
 
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = jax.ShapeDtypeStruct((T, N, K), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
@@ -70,7 +70,8 @@ def backward_key_value(
     block_size: int, more: int, flops: int,
 ) -> list[Array]:  # fmt: skip
     """d_key, d_value, d_key_more and d_value_more, as kernels/selected.py gives them; programs: of a head and row."""
-    from nsa_jax.kernels import selected_hopper_keys as kernels
+    from nsa_jax.kernels.selected_shape import KeyRingShape
+    from nsa_jax.kernels.sm90 import selected_keys as kernels
 
     (B, T, N, K), (_, C, H, V) = query.shape, value.shape
     return launch.launch(
@@ -79,8 +80,11 @@ def backward_key_value(
         *items.of_kernels(), blocks.begin, blocks.end,
         outputs=outputs, programs=block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
         registers=tiling.HOPPER_KEYS_REGISTERS, flops=flops,
-        T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=scale, BLOCK=block_size, BLOCKS=blocks.begin.shape[1],
-        ITEMS=items.block.shape[2], MORE=more, PROGRAMS=programs, STAGES=tiling.hopper_keys_stages(K, V),
+        SHAPE=KeyRingShape(
+            T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=scale, BLOCK=block_size, KEYS=tiling.HOPPER_KEYS,
+            BLOCKS=blocks.begin.shape[1], ITEMS=items.block.shape[2], MORE=more, PROGRAMS=programs,
+            STAGES=tiling.hopper_keys_stages(K, V),
+        ),
     )  # fmt: skip
 
 

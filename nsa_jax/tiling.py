@@ -184,7 +184,7 @@ _HOPPER_STAGES = 12
 def selected_hopper(
     capability: int, widths: Sequence[int], itemsize: int, group: int, block_size: int
 ) -> HopperTile | None:
-    """Tile of kernels/selected_hopper.py; None where it is not for this architecture or shape.
+    """Tile of kernels/sm90/selected.py; None where it is not for this architecture or shape.
 
     Args:
         capability: of the architecture.
@@ -201,7 +201,7 @@ def selected_hopper(
     return HopperTile(_HOPPER_ROWS // group, keys, min(_HOPPER_STAGES, room // (itemsize * keys * sum(widths))))
 
 
-HOPPER_KEYS = 64  # of a program of kernels/hopper_keys.py, two of which share a multiprocessor
+HOPPER_KEYS = 64  # of a program of kernels/sm90/key_pass.py, two of which share a multiprocessor
 HOPPER_KEYS_REGISTERS = 128  # of a thread, so that they do
 _HOPPER_KEYS_ROWS = 64  # of a slot of its ring
 _HOPPER_KEYS_STATISTICS = 12  # bytes beside a row
@@ -209,7 +209,7 @@ _HOPPER_KEYS_STAGES = 4
 
 
 def hopper_keys_stages(key_width: int, value_width: int) -> int:
-    """Slots of the ring of kernels/hopper_keys.py, for elements of two bytes."""
+    """Slots of the ring of kernels/sm90/key_pass.py, for elements of two bytes."""
     row = 2 * (key_width + value_width)
     room = 1024 * (SHARED_MEMORY[90] // 2) - _HOPPER_BARRIERS - HOPPER_KEYS * row
     return min(_HOPPER_KEYS_STAGES, room // (_HOPPER_KEYS_ROWS * (row + _HOPPER_KEYS_STATISTICS)))

@@ -33,7 +33,7 @@ def test_forward_and_backward_compile(capability, names):
         assert kernel["target"].removesuffix("a") == f"sm_{capability}"
         assert kernel["shared"] <= 1024 * SHARED_MEMORY[capability], kernel
         assert not kernel["serialised"], kernel  # its asynchronous products are that
-    # the warps of kernels/selected_hopper.py part once the ring is set up
+    # the warps of kernels/sm90/selected.py part once the ring is set up
     parting = [kernel for kernel in facts["compiled"] if kernel["warps_part"]]
     assert {kernel["name"] for kernel in parting} == (
         {"forward", "backward_query"} if capability == 90 and names == ["native_sparse_attention"] else set()

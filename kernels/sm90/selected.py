@@ -1,9 +1,9 @@
-"""Attention to chosen blocks of keys on Hopper (sm_90): the passes of selected.py from the query's side, in Gluon.
+"""Attention to chosen blocks of keys on Hopper (sm_90): the passes of ../selected.py, in Gluon.
 
-A unit is TOKENS tokens x G heads, 128 rows, and the walk of its tokens (block_lists.py). One warp copies the blocks of
-the walk into a ring of STAGES slots, as far ahead as the ring allows. Two programs do neighbouring units at the same
-time, in slots of the same number, and what both want comes from the L2 once (hopper_pairs.py): one of them copies the
-keys into both rings, the other the values, when each has told that its slot is free.
+A unit is TOKENS tokens x G heads, 128 rows, and the walk of its tokens (../block_lists.py). One warp copies the blocks
+of the walk into a ring of STAGES slots, as far ahead as the ring allows. Two programs do neighbouring units at the same
+time, in slots of the same number, and what both want comes from the L2 once (pairs.py): one of them copies the keys
+into both rings, the other the values, when each has told that its slot is free.
 
 Eight warps with 16 rows each take every block as it comes, and pass over those that their tokens do not want. A block
 that few want is multiplied by each warp that wants it, for itself (`mma_v2`, 16 rows: nothing wasted, but each warp
@@ -21,9 +21,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma
 
-from .block_lists import SHARED
-from .hopper import LN2, LOG2E, as_columns, as_rows, store_rows
-from .hopper_pairs import arrive, arrive_at_other, copy_to_both, meet, rank_in_pair, wait
+from ..block_lists import SHARED
+from .pairs import arrive, arrive_at_other, copy_to_both, meet, rank_in_pair, wait
+from .rows import LN2, LOG2E, as_columns, as_rows, store_rows
 
 WARPS = gl.constexpr(8)
 ROWS = gl.constexpr(128)
@@ -143,7 +143,7 @@ class Walk:
 
 @gluon.aggregate
 class Walks:
-    """Pointers to the walks of all units, see `walk_in_pairs` of block_lists.py."""
+    """Pointers to the walks of all units, see `walk_in_pairs` of ../block_lists.py."""
 
     begins: gl.tensor
     members: gl.tensor
@@ -464,7 +464,7 @@ def backward_query(
     HAS_D_LSE: gl.constexpr,
     HAS_BEFORE: gl.constexpr,
 ):
-    """d_query [B, T, N, K] and delta float32 [B, T, N], as selected.py's `backward_query` gives. Grid: as `forward`."""
+    """d_query [B, T, N, K] and delta float32 [B, T, N], as ../selected.py's `backward_query`. Grid: as `forward`."""
     ring = _ring(key, value, SHAPE)
     walks = Walks(begins, members, counts)
     branch = Branch(d_output, output, lse, weight, d_lse)

@@ -8,7 +8,7 @@ assembly lack the rank, which those of a cluster have in their upper eight bits.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper import WIDTH
+from .rows import WIDTH
 
 
 @gluon.jit
