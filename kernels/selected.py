@@ -12,7 +12,7 @@ blocks. Arguments named sliding_* belong to it; with WINDOW 0 they are placehold
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, exponent_factor, finish, load_statistics, online_step, scores
+from .softmax import LOG2E, exponent_factor, finish_gradient, finish_seen, load_statistics, online_step, scores
 from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
@@ -81,6 +81,12 @@ def _tile_rows(place, tile, walk, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def _sight(sight, rows, SHAPE: tl.constexpr):
+    """[ROWS], of sight [B, T, H]: what the rows see."""
+    return tl.load(sight + rows.base // SHAPE.G + rows.local * SHAPE.H, mask=rows.inside, other=0)
+
+
+@triton.jit
 def _step(i, walk, SHAPE: tl.constexpr):
     """Step i of a walk: the first key, and who wants the block.
 
@@ -120,6 +126,8 @@ def forward(
     members,
     counts,
     plain_counts,
+    sight,
+    sliding_sight,
     output,
     lse,
     sliding_output,
@@ -127,7 +135,10 @@ def forward(
     SHAPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """output, sliding_output [B, T, N, V]; lse, sliding_lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
+    """output, sliding_output [B, T, N, V]; lse, sliding_lse float32 [B, T, N], natural log. Grid: TILES * H * B.
+
+    sight, sliding_sight int8 [B, T, H] tell what a query sees in a branch, see `finish_seen`.
+    """
     K: tl.constexpr = SHAPE.K
     V: tl.constexpr = SHAPE.V
     ROWS: tl.constexpr = SHAPE.ROWS
@@ -172,11 +183,12 @@ def forward(
         if SHAPE.AHEAD:
             first, wanted_by = _step(i + 1, walk, SHAPE)
 
-    result, result_lse = finish(peak, total, sums, V_PARTS)
+    result, result_lse = finish_seen(peak, total, sums, _sight(sight, rows, SHAPE), V_PARTS)
     store_rows(output + rows.base * V, rows.offset * V, result, rows.inside, V, V_PARTS)
     tl.store(lse + rows.base + rows.offset, result_lse, mask=rows.inside)
     if SHAPE.WINDOW > 0:
-        result, result_lse = finish(sliding_peak, sliding_total, sliding_sums, V_PARTS)
+        seen = _sight(sliding_sight, rows, SHAPE)
+        result, result_lse = finish_seen(sliding_peak, sliding_total, sliding_sums, seen, V_PARTS)
         store_rows(sliding_output + rows.base * V, rows.offset * V, result, rows.inside, V, V_PARTS)
         tl.store(sliding_lse + rows.base + rows.offset, result_lse, mask=rows.inside)
 
@@ -211,7 +223,8 @@ def backward_query(
     """d_query [B, T, N, K], and delta and sliding_delta float32 [B, T, N], see `load_statistics`.
 
     An output has the cotangent weight * d_output. d_lse, with HAS_D_LSE, is the cotangent of the selected branch's lse;
-    before, with HAS_BEFORE, is a d_query to add to. Grid: as `forward`.
+    before, with HAS_BEFORE, is a d_query to add to. A row that sees nothing, lse -inf, gets 0 whatever its query and
+    cotangent hold; one whose lse is NaN gets NaN. Grid: as `forward`.
     """
     K: tl.constexpr = SHAPE.K
     V: tl.constexpr = SHAPE.V
@@ -225,11 +238,15 @@ def backward_query(
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta = load_statistics(output, do, lse, d_lse, delta, base, offset, inside, V, V_PARTS, HAS_D_LSE)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0)
+    # of the rows: -inf where they see nothing, NaN where what they see is not finite
+    state = row_lse
     if SHAPE.WINDOW > 0:
         near_lse, near_delta = load_statistics(
             sliding_output, do, sliding_lse, d_lse, sliding_delta, base, offset, inside, V, V_PARTS, False
         )
         near_weight = tl.load(sliding_weight + base + offset, mask=inside, other=0.0)
+        row_weight = tl.where(row_lse == float("-inf"), 0.0, row_weight)
+        state = tl.where((row_lse == float("-inf")) | (near_lse != near_lse), near_lse, row_lse)
 
     dq = zeros(SHAPE.ROWS, K_PARTS)  # [ROWS, K]
     first, wanted_by = _step(0, walk, SHAPE)
@@ -262,7 +279,7 @@ def backward_query(
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
         if SHAPE.AHEAD:
             first, wanted_by = _step(i + 1, walk, SHAPE)
-    dq = scaled(dq, SHAPE.SCALE, K_PARTS)
+    dq = finish_gradient(scaled(dq, SHAPE.SCALE, K_PARTS), state, K_PARTS)
     if HAS_BEFORE:
         dq = added(dq, load_rows(before + base * K, offset * K, inside, K, K_PARTS), K_PARTS)
     store_rows(d_query + base * K, offset * K, dq, inside, K, K_PARTS)

@@ -47,7 +47,7 @@ def _key_gradients(
     """Adds to dk [KEYS, K] (still unscaled) and dv [KEYS, V] what ROWS rows of an item give, from row `begin` on.
 
     The item has `count` rows, (chooser, head of the group) pairs. PLAIN: all rows see all keys, and no window reaches
-    here.
+    here. A dead row, lse +inf, counts as zeros.
     """
     G: tl.constexpr = SHAPE.G
     K: tl.constexpr = SHAPE.K
@@ -62,9 +62,12 @@ def _key_gradients(
     offset = token * SHAPE.N + head * G + row % G
     if SHAPE.T * SHAPE.N * max(K, V) >= 2**31:
         offset = offset.to(tl.int64)
-    q = load_rows(queries.query, offset * K, real, K, K_PARTS)  # [ROWS, K]
-    do = load_rows(queries.d_output, offset * V, real, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta, row_weight = _gathered(queries.selected, offset, real)
+    alive = row_lse < float("inf")
+    if SHAPE.WINDOW > 0 and not PLAIN:
+        alive = alive | (tl.load(queries.sliding.lse + offset, mask=real, other=float("inf")) < float("inf"))
+    q = load_rows(queries.query, offset * K, alive, K, K_PARTS)  # [ROWS, K]
+    do = load_rows(queries.d_output, offset * V, alive, V, V_PARTS)  # [ROWS, V]
     exponent = inner(k, q, K_PARTS, PRECISION) * (SHAPE.SCALE * LOG2E)  # [KEYS, ROWS]
     p = tl.exp2(exponent - row_lse[None, :])
     if PLAIN:
@@ -111,6 +114,7 @@ def backward_key_value(
     item_total,
     block_begin,
     block_end,
+    block_near,
     d_key,
     d_value,
     d_key_more,
@@ -119,7 +123,10 @@ def backward_key_value(
 ):
     """d_key, d_value [B, C, H, K|V] and d_key_more, d_value_more float32 [B, H, MORE, BLOCK, K|V].
 
-    The arrays of items are those of `inverse.Items`. Grid: PIECES * PROGRAMS * H * B; a program does one piece of every
+    The arrays of items are those of `inverse.Items`. A dead row, one that sees nothing in a branch or something that is
+    not finite, has there lse +inf, delta 0 and weight 0; its query and its cotangent may hold anything.
+    block_near int32 [B, BLOCKS]: how many queries stand in a block, or behind it so near that their window may reach
+    it; queries are sorted by place. Grid: PIECES * PROGRAMS * H * B; a program does one piece of every
     PROGRAMS-th item's block.
     """
     G: tl.constexpr = SHAPE.G
@@ -162,9 +169,9 @@ def backward_key_value(
         v = load_rows(value + base * V, local * (H * V), inside, V, V_PARTS)  # [KEYS, V]
         dk = zeros(SHAPE.KEYS, K_PARTS)
         dv = zeros(SHAPE.KEYS, V_PARTS)
-        # a block's choosers are distinct tokens, ascending from its first: only so many stand in it or near it
-        rank = tl.load(item_rank + item)
-        near = tl.maximum(tl.minimum((SHAPE.BLOCK + SHAPE.WINDOW - rank) * G, count), 0)
+        # a block's choosers are in the order of their places: only the first ones stand in it or near it
+        near = tl.load(block_near + batch * SHAPE.BLOCKS + block) - tl.load(item_rank + item)
+        near = tl.maximum(tl.minimum(near * G, count), 0)
         near_steps = tl.cdiv(near, SHAPE.ROWS)
         for i in range(near_steps):
             begin = i * SHAPE.ROWS

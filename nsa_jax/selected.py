@@ -10,7 +10,7 @@ from nsa_jax import checks, launch, reference, segments, selected_hopper, tiling
 from nsa_jax.inverse import invert, more_items
 from nsa_jax.residuals import Branch, name_residuals, nothing_seen, or_placeholders, untouched
 from nsa_jax.segments import Blocks
-from nsa_jax.walk import Choice, PairedWalks, Walks, choose, walks, walks_in_pairs
+from nsa_jax.walk import NOWHERE, Choice, PairedWalks, Walks, choose, walks, walks_in_pairs
 
 Array = jax.Array
 
@@ -139,13 +139,14 @@ def _hopper_tile(query: Array, value: Array, spec: Spec) -> tiling.HopperTile | 
     return selected_hopper.tile_for(query, value, spec.block_size, spec.scale, spec.window_size)
 
 
-def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, **constants) -> list[Array]:
+def _walk(kernel, pick, arrays, sight, outputs, products: int, routes: Routes, spec: Spec, **constants) -> list[Array]:
     """Runs a kernel that goes from the queries' side.
 
     Args:
         kernel: of kernels/selected.py.
         pick: of tiling.py, gives its tile.
         arrays: query, key, value and what else it takes before the place.
+        sight: what it takes after the walks.
         outputs: shapes and dtypes, of one row.
         products: multiplications per query head and key.
         routes: see `Routes`.
@@ -175,7 +176,14 @@ def _walk(kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Sp
             **constants,
         )  # fmt: skip
 
-    return launch.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks)
+    return launch.fold_vmap(run)(*arrays, routes.choice.place, *routes.walks, *sight)
+
+
+def _sight(choice: Choice) -> tuple[Array, Array]:
+    """int8 [B, T, H] for the selected and for the sliding branch: 1 where the query sees something, else 0."""
+    selected = jnp.any(choice.selected < NOWHERE, axis=3)
+    sliding = jnp.broadcast_to(jnp.any(choice.touched < NOWHERE, axis=2)[..., None], selected.shape)
+    return selected.astype(jnp.int8), sliding.astype(jnp.int8)
 
 
 def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
@@ -185,14 +193,16 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     if _wanted(routes.choice) == 0:
         return [nothing_seen(query, value)]
     if tile := _hopper_tile(query, value, spec):
-        walk = routes.choice.place, routes.walks, tile, spec.block_size, spec.scale
+        walk = routes.choice.place, routes.walks, _sight(routes.choice)[0], tile, spec.block_size, spec.scale
         return [selected_hopper.forward(query, key, value, *walk)]
     (_, T, N, K), V = query.shape, value.shape[3]
     branch = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
     outputs = (*branch, *(branch if spec.window_size else placeholder))
     arrays = (query, key, value)
-    output, lse, *sliding = _walk(kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec)
+    output, lse, *sliding = _walk(
+        kernels.forward, tiling.selected_forward, arrays, _sight(routes.choice), outputs, K + V, routes, spec
+    )
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
@@ -222,6 +232,7 @@ def backward_query(
             query, key, value, d_output, branches[0].output, lse, weight, near.output, near.lse, near.weight,
             d_lse, into,
         ),
+        (),
         (jax.ShapeDtypeStruct((T, N, K), query.dtype), delta, second), 2 * K + V, routes, spec,
         HAS_D_LSE=branches[0].d_lse is not None, HAS_BEFORE=before is not None,
     )  # fmt: skip
@@ -254,6 +265,7 @@ def backward_key_value(
         arrays, token_walks, blocks = arrays[:8], Walks(*arrays[8:12]), Blocks(*arrays[12:])
         items = invert(token_walks, blocks, spec.block_size, chunk, stretch)
         programs = -(-C // spec.block_size) + more
+        near = jnp.full_like(blocks.begin, spec.block_size + spec.window_size)
         outputs = (
             *(jax.ShapeDtypeStruct((B, C, H, width), kind) for width in (K, V)),
             *(jax.ShapeDtypeStruct((B, H, max(more, 1), spec.block_size, width), jnp.float32) for width in (K, V)),
@@ -261,13 +273,13 @@ def backward_key_value(
         flops = 2 * B * T * N * S * spec.block_size * (2 * K + 2 * V)
         if selected_hopper.does_keys(query, value, spec.block_size, spec.scale, spec.window_size):
             d_key, d_value, d_key_more, d_value_more = selected_hopper.backward_key_value(
-                query, key, value, *arrays[:4], arrays[7], items, blocks, outputs=outputs, programs=programs,
+                query, key, value, *arrays[:4], arrays[7], items, blocks, near, outputs=outputs, programs=programs,
                 scale=spec.scale, block_size=spec.block_size, more=max(more, 1), flops=flops,
             )  # fmt: skip
         else:
             d_key, d_value, d_key_more, d_value_more = launch.launch(
                 kernels.backward_key_value, query, key, value, *arrays, *items.of_kernels(), blocks.begin, blocks.end,
-                outputs=outputs, programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps,
+                near, outputs=outputs, programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps,
                 stages=tile.stages, flops=flops,
                 SHAPE=KeyShape(
                     **shape, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
@@ -282,11 +294,17 @@ def backward_key_value(
         ]
 
     singles = walks(choice, 1, spec.block_size, spec.window_size)
-    rows = [(branch.lse, delta, branch.weight) for branch, delta in zip(branches, deltas, strict=True)]
+    rows = [_without_dead(branch, delta) for branch, delta in zip(branches, deltas, strict=True)]
     d_key, d_value = launch.fold_vmap(run)(
         query, key, value, d_output, *rows[0], *rows[-1], choice.place, *singles, *choice.blocks
     )
     return d_key, d_value
+
+
+def _without_dead(branch: Branch, delta: Array) -> tuple[Array, Array, Array]:
+    """(lse, delta, weight), +inf, 0 and 0 in rows that see nothing or what is not finite."""
+    dead = ~jnp.isfinite(branch.lse)
+    return jnp.where(dead, jnp.inf, branch.lse), jnp.where(dead, 0.0, delta), jnp.where(dead, 0.0, branch.weight)
 
 
 def _combine(first: Array, rest: Array, further: Array, blocks: Blocks, dtype) -> Array:

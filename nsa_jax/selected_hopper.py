@@ -26,8 +26,8 @@ def tile_for(query: Array, value: Array, block_size: int, scale: float, window_s
 
 
 def forward(
-    query: Array, key: Array, value: Array, place: Array, walks: PairedWalks, tile: tiling.HopperTile, block_size: int,
-    scale: float,
+    query: Array, key: Array, value: Array, place: Array, walks: PairedWalks, sight: Array, tile: tiling.HopperTile,
+    block_size: int, scale: float,
 ) -> tuple[Array, Array]:  # fmt: skip
     """(output [B, T, N, V], lse float32 [B, T, N]), as `selected.forward` gives them."""
     from nsa_jax.kernels.sm90 import selected as kernels
@@ -35,7 +35,7 @@ def forward(
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     output, lse = _walk(
-        kernels.forward, (query, key, value), outputs, K + V, place, walks, tile, block_size, scale
+        kernels.forward, (query, key, value), outputs, K + V, place, (*walks, sight), tile, block_size, scale
     )  # fmt: skip
     return output, lse
 
@@ -66,8 +66,8 @@ def does_keys(query: Array, value: Array, block_size: int, scale: float, window_
 
 def backward_key_value(
     query: Array, key: Array, value: Array, d_output: Array, lse: Array, delta: Array, weight: Array, place: Array,
-    items: Items, blocks: Blocks, *, outputs: Sequence[jax.ShapeDtypeStruct], programs: int, scale: float,
-    block_size: int, more: int, flops: int,
+    items: Items, blocks: Blocks, block_near: Array, *, outputs: Sequence[jax.ShapeDtypeStruct], programs: int,
+    scale: float, block_size: int, more: int, flops: int,
 ) -> list[Array]:  # fmt: skip
     """d_key, d_value, d_key_more and d_value_more, as kernels/selected.py gives them; programs: of a head and row."""
     from nsa_jax.kernels.selected_shape import KeyRingShape
@@ -77,7 +77,7 @@ def backward_key_value(
     return launch.launch(
         kernels.backward_key_value, launch.token_pieces(query, N // H), launch.key_pieces(key),
         launch.key_pieces(value), launch.token_pieces(d_output, N // H), lse, delta, weight, place,
-        *items.of_kernels(), blocks.begin, blocks.end,
+        *items.of_kernels(), blocks.begin, blocks.end, block_near,
         outputs=outputs, programs=block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
         registers=tiling.HOPPER_KEYS_REGISTERS, flops=flops,
         SHAPE=KeyRingShape(
@@ -93,7 +93,7 @@ def _walk(kernel, arrays, outputs, products, place, walks, tile, block_size, sca
     from nsa_jax.kernels.selected_shape import PairedShape
 
     (_, T, N, K), (_, C, H, V) = arrays[0].shape, arrays[2].shape
-    pairs, _, entries = walks.begins.shape[2:]
+    pairs, _, entries = walks[0].shape[2:]
 
     def run(query, key, value, *arrays):
         B = query.shape[0]

@@ -268,7 +268,7 @@ def _online_step(score, peak, total, sums, live, FACTOR: gl.constexpr):
 
 
 @gluon.jit
-def _attend(query, place, walks, edges, output, lse, ring, SHAPE: gl.constexpr):
+def _attend(query, place, walks, edges, sight, output, lse, ring, SHAPE: gl.constexpr):
     """The forward pass of the eight warps."""
     KEYS: gl.constexpr = SHAPE.KEYS
     K: gl.constexpr = SHAPE.K
@@ -318,21 +318,28 @@ def _attend(query, place, walks, edges, output, lse, ring, SHAPE: gl.constexpr):
             ring.release(n, rank)
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
-        seen = total > 0.0
-        total = gl.where(seen, total, 1.0)
-        store_rows(output, rows.base, rows.offset, sums * (1.0 / total)[:, None], rows.inside, V, MMA)
-        at = lse + rows.base + rows.offset
-        gl.store(at, gl.where(seen, (peak + gl.log2(total)) * LN2, float("-inf")), mask=rows.inside)
+        seen = gl.load(sight + rows.base // SHAPE.G + rows.local * SHAPE.H, mask=rows.inside, other=0)
+        # where the query is NaN, total is
+        sound = (seen == 1) & (total > 0.0)
+        factor = gl.where(sound, 1.0 / total, float("nan"))
+        result = gl.where((seen == 0)[:, None], 0.0, sums * factor[:, None])
+        store_rows(output, rows.base, rows.offset, result, rows.inside, V, MMA)
+        row_lse = gl.where(seen == 0, float("-inf"), float("nan"))
+        row_lse = gl.where(sound, (peak + gl.log2(total)) * LN2, row_lse)
+        gl.store(lse + rows.base + rows.offset, row_lse, mask=rows.inside)
 
 
 @gluon.jit
-def forward(query, key, value, place, begins, members, counts, edges, output, lse, SHAPE: gl.constexpr):
-    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS pairs, for UNITS pairs of units."""
+def forward(query, key, value, place, begins, members, counts, edges, sight, output, lse, SHAPE: gl.constexpr):
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS pairs, for UNITS pairs of units.
+
+    sight int8 [B, T, H] tells what a query sees: nothing (0), what is finite (1), something that is not (2).
+    """
     ring = _ring(key, value, SHAPE)
     walks = Walks(begins, members, counts)
     gl.warp_specialize(
         [
-            (_attend, (query, place, walks, edges, output, lse, ring, SHAPE)),
+            (_attend, (query, place, walks, edges, sight, output, lse, ring, SHAPE)),
             (_copy_blocks, (key, value, walks, ring, "forward", SHAPE)),
             (_only_meet, ()),
             (_only_meet, ()),
@@ -436,7 +443,9 @@ def _differentiate(
             ring.release(n, rank)
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
-        dq *= (gl.load(branch.weight + base + offset, mask=inside, other=0.0) * SHAPE.SCALE)[:, None]
+        factor = gl.load(branch.weight + base + offset, mask=inside, other=0.0) * SHAPE.SCALE
+        factor = gl.where(row_lse != row_lse, float("nan"), factor)
+        dq = gl.where((row_lse == float("-inf"))[:, None], 0.0, dq * factor[:, None])
         if HAS_BEFORE:
             dq += rows.load(before, K, MMA).to(gl.float32)
         store_rows(d_query, base, offset, dq, inside, K, MMA)

@@ -140,7 +140,19 @@ def _bring(lse, delta, weight, items, rows, shape):
 
 @gluon.jit
 def _multiply(
-    place, items, item_rank, item_more, block_end, d_key, d_value, d_key_more, d_value_more, tile, rows, shape
+    place,
+    items,
+    item_rank,
+    item_more,
+    block_end,
+    block_near,
+    d_key,
+    d_value,
+    d_key_more,
+    d_value_more,
+    tile,
+    rows,
+    shape,
 ):
     """The multiplying warpgroup."""
     G: gl.constexpr = shape.G
@@ -152,14 +164,14 @@ def _multiply(
     n = 0
     for item in range(program.worker, program.total(shape), shape.PROGRAMS):
         block, choosers, count, first_key = program.item(item, shape)
-        # a block's choosers are distinct tokens, ascending from its first: only so many stand in it
-        near = (BLOCK - gl.load(item_rank + program.at + item)) * G
+        # a block's choosers are in the order of their places: only the first ones stand in it
+        near = gl.load(block_near + batch * shape.BLOCKS + block) - gl.load(item_rank + program.at + item)
         dk, dv = no_gradients(shape)
         tile.wait_full(done)
         done += 1
         for i in range((count + ROWS - 1) // ROWS):
             p, dk, dv = probabilities(tile, rows, n, i == 0, dk, dv, shape)
-            if i * ROWS < near:
+            if i * ROWS < near * G:
                 row = i * ROWS + gl.arange(0, ROWS, layout=ROW)
                 token = gl.load(choosers + row // G, mask=row < count, other=0) >> 1
                 row_place = gl.load(place + batch.to(gl.int64) * shape.T + token)
@@ -202,6 +214,7 @@ def backward_key_value(
     item_total,
     block_begin,
     block_end,
+    block_near,
     d_key,
     d_value,
     d_key_more,
@@ -219,8 +232,8 @@ def backward_key_value(
             (
                 _multiply,
                 (
-                    place, items, item_rank, item_more, block_end, d_key, d_value, d_key_more, d_value_more, tile,
-                    rows, SHAPE,
+                    place, items, item_rank, item_more, block_end, block_near, d_key, d_value, d_key_more,
+                    d_value_more, tile, rows, SHAPE,
                 ),
             ),
             (_copy, (query, d_output, key, value, items, tile, rows, SHAPE)),
