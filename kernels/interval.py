@@ -2,8 +2,12 @@
 
 Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. Query t of batch row b sees the keys
 [key_begin[b, t], key_end[b, t]); seen from the other side, key c is seen by the queries [query_begin[b, c],
-query_end[b, c]). Which keys those are is data: a kernel never assumes that query i stands at key i. An empty interval
-gives output 0 and lse -inf.
+query_end[b, c]). Which keys those are is data: a kernel never assumes that query i stands at key i.
+
+What a query does not see does not count, whatever it holds. Keys and values are finite: the caller has replaced those
+that are not by zeros, and says in `sight`, int8 [B, T, H], what a query sees: nothing (0; output 0 and lse -inf), what
+is finite (1), or also what is not (2; output and lse NaN). Queries and cotangents may hold anything, and reach only
+their own row and the keys that it sees.
 
 A query row is a (token, head of the group) pair, number token * G + head, so the keys of a group are loaded once for
 all its heads and no group size wastes a row of a tile. Tiles that every row sees whole skip the mask.
@@ -13,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .shape import PortableShape
-from .softmax import LOG2E, exponent_factor, finish, load_statistics, online_step, scores
+from .softmax import LOG2E, exponent_factor, finish_gradient, finish_seen, load_statistics, online_step, scores
 from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
@@ -91,7 +95,7 @@ def _load_keys(tile, key, value, row, head, shape, KEYS: tl.constexpr):
 
 @triton.jit
 def forward(
-    query, key, value, key_begin, key_end, output, lse,
+    query, key, value, key_begin, key_end, sight, output, lse,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -103,6 +107,7 @@ def forward(
     rows = _query_rows(TILES - 1 - tile, row, head, shape, ROWS)
     begin = tl.load(key_begin + row * T + rows.token, mask=rows.inside, other=0)  # [ROWS]
     end = tl.load(key_end + row * T + rows.token, mask=rows.inside, other=0)
+    row_sight = tl.load(sight + (row * T + rows.token) * H + head, mask=rows.inside, other=0)
     q = load_rows(query + rows.base * K, rows.offset * K, rows.inside, K, K_PARTS)  # [ROWS, K]
 
     first, last, lower, upper = _key_tiles(begin, end, rows.inside, shape, KEYS)
@@ -121,7 +126,7 @@ def forward(
         score = tl.where(seen, scores(q, k, SCALE, K_PARTS, PRECISION), float("-inf"))
         peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
-    result, result_lse = finish(peak, total, sums, V_PARTS)
+    result, result_lse = finish_seen(peak, total, sums, row_sight, V_PARTS)
     store_rows(output + rows.base * V, rows.offset * V, result, rows.inside, V, V_PARTS)
     tl.store(lse + rows.base + rows.offset, result_lse, mask=rows.inside)
 
@@ -137,7 +142,8 @@ def backward_query(
     """d_query [B, T, N, K], and delta float32 [B, T, N], see `load_statistics`.
 
     The cotangent of the output is weight * d_output. d_lse, with HAS_D_LSE, is that of the lse; before, with
-    HAS_BEFORE, is a d_query to add to.
+    HAS_BEFORE, is a d_query to add to. A row that sees nothing, lse -inf, gets 0 (or `before`) and delta 0; one whose
+    lse is NaN gets NaN.
     """
     shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
     tile, head, row = _program(TILES, H)
@@ -164,7 +170,7 @@ def backward_query(
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])
         ds = tl.where(seen, p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None]), 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-    dq = scaled(dq, row_weight[:, None], K_PARTS)
+    dq = finish_gradient(scaled(dq, row_weight[:, None], K_PARTS), row_lse, K_PARTS)
     if HAS_BEFORE:
         dq = added(dq, load_rows(before + base * K, offset * K, inside, K, K_PARTS), K_PARTS)
     store_rows(d_query + base * K, offset * K, dq, inside, K, K_PARTS)
@@ -190,7 +196,17 @@ class _Queries:
 
 
 @triton.jit
-def _key_gradients(tile, begin, end, k, v, dk, dv, queries, shape, ROWS: tl.constexpr, MASKED: tl.constexpr):
+def _row_lse(tile, queries, shape, ROWS: tl.constexpr):
+    """The lse [ROWS] of query tile number `tile` in base 2, inf for rows that do not count.
+
+    Where AHEAD, loops load it at the end of the step before: copies of queries then need not wait for it.
+    """
+    rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
+    return tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf")) * LOG2E
+
+
+@triton.jit
+def _key_gradients(tile, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS: tl.constexpr, MASKED: tl.constexpr):
     """Adds what the rows of query tile number `tile` give to dk [KEYS, K] (still unscaled) and dv [KEYS, V].
 
     MASKED: whether a key may not be seen by a row: keys are seen by the queries [begin, end) [KEYS].
@@ -199,21 +215,20 @@ def _key_gradients(tile, begin, end, k, v, dk, dv, queries, shape, ROWS: tl.cons
     K: tl.constexpr = shape.K
     V: tl.constexpr = shape.V
     rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
+    live = row_lse < float("inf")
     if shape.DESCRIPTORS:
         place = [queries.row.to(tl.int32), tile * (ROWS // G), queries.head * G, 0]
-        q = (tl.reshape(queries.query.load(place), [ROWS, K]),)
-        do = (tl.reshape(queries.d_output.load(place), [ROWS, V]),)
+        q = (tl.where(live[:, None], tl.reshape(queries.query.load(place), [ROWS, K]), 0.0),)
+        do = (tl.where(live[:, None], tl.reshape(queries.d_output.load(place), [ROWS, V]), 0.0),)
     else:
-        q = load_rows(queries.query + rows.base * K, rows.offset * K, rows.inside, K, shape.K_PARTS)  # [ROWS, K]
-        do = load_rows(queries.d_output + rows.base * V, rows.offset * V, rows.inside, V, shape.V_PARTS)  # [ROWS, V]
-    row_lse = tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf")) * LOG2E
+        q = load_rows(queries.query + rows.base * K, rows.offset * K, live, K, shape.K_PARTS)  # [ROWS, K]
+        do = load_rows(queries.d_output + rows.base * V, rows.offset * V, live, V, shape.V_PARTS)  # [ROWS, V]
     row_delta = tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0)
     row_weight = tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0)
     score = inner(k, q, shape.K_PARTS, shape.PRECISION)  # [KEYS, ROWS]
-    p = tl.exp2(score * (shape.SCALE * LOG2E) - row_lse[None, :])
+    p = tl.exp2(score * (shape.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
     if MASKED:
         p = tl.where((rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None]), p, 0.0)
-    p *= row_weight[None, :]
     dv = accumulate(dv, p, do, shape.V_PARTS, shape.PRECISION)
     ds = p * (inner(v, do, shape.V_PARTS, shape.PRECISION) - row_delta[None, :])
     dk = accumulate(dk, ds, q, shape.K_PARTS, shape.PRECISION)
@@ -225,13 +240,14 @@ def backward_key_value(
     query, key, value, d_output, lse, delta, weight, query_begin, query_end, d_key, d_value,
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    SPLITS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SPLITS: tl.constexpr, AHEAD: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """d_key, d_value [SPLITS, B, C, H, K|V], to be summed. Grid: TILES * SPLITS * H * B.
 
     Each split has a part of the queries. The cotangent of the output is weight * d_output; delta is what
-    `backward_query` gives.
+    `backward_query` gives. Rows with an lse of inf, a delta of 0 and a weight of 0 do not count, whatever their query
+    and cotangent hold: so the caller marks those that see nothing or are not finite.
     """
     shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
     program, head, row = _program(TILES * SPLITS, H)
@@ -256,11 +272,21 @@ def backward_key_value(
 
     dk = zeros(KEYS, K_PARTS)
     dv = zeros(KEYS, V_PARTS)
+    row_lse = _row_lse(lower, queries, shape, ROWS)
     for i in range(lower, upper):
-        dk, dv = _key_gradients(i, begin, end, k, v, dk, dv, queries, shape, ROWS, False)
+        if not AHEAD:
+            row_lse = _row_lse(i, queries, shape, ROWS)
+        dk, dv = _key_gradients(i, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS, False)
+        if AHEAD:
+            row_lse = _row_lse(i + 1, queries, shape, ROWS)
+    row_lse = _row_lse(_edge_tile(0, first, lower, upper), queries, shape, ROWS)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        dk, dv = _key_gradients(j, begin, end, k, v, dk, dv, queries, shape, ROWS, True)
+        if not AHEAD:
+            row_lse = _row_lse(j, queries, shape, ROWS)
+        dk, dv = _key_gradients(j, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS, True)
+        if AHEAD:
+            row_lse = _row_lse(_edge_tile(i + 1, first, lower, upper), queries, shape, ROWS)
     base += split.to(tl.int64) * (B * C * H)
     store_rows(d_key + base * K, local * (H * K), scaled(dk, SCALE, K_PARTS), inside, K, K_PARTS)
     store_rows(d_value + base * V, local * (H * V), dv, inside, V, V_PARTS)
