@@ -37,10 +37,12 @@ class Units:
 
     Attributes:
         key_begin, key_end: pointers, int32 [B, T]; the keys that each query sees.
+        sight: pointer, int8 [B, T, H], see ../interval.py.
     """
 
     key_begin: gl.tensor
     key_end: gl.tensor
+    sight: gl.tensor
     B: gl.constexpr
     TILES: gl.constexpr
     PROGRAMS: gl.constexpr
@@ -205,6 +207,17 @@ def _online_step(score, peak, total, FACTOR: gl.constexpr):
     return p, shrink, new_peak, total * _by_row(shrink, total.type.layout) + _parts(p)
 
 
+@gluon.jit
+def _finish(peak, total, sums, sight):
+    """As softmax.py's `finish_seen`: output [ROWS, V] and natural-log lse [ROWS]."""
+    sound = (sight == 1) & (total > 0.0)
+    lse = gl.where(sight == 0, float("-inf"), float("nan"))
+    lse = gl.where(sound, (peak + gl.log2(total)) * LN2, lse)
+    factor = gl.where(sound, 1.0 / total, float("nan"))
+    layout: gl.constexpr = sums.type.layout
+    return gl.where(_by_row(sight == 0, layout), 0.0, sums * _by_row(factor, layout)), lse
+
+
 @gluon.constexpr_function
 def _coalesced(columns):
     """Of rows of so many elements of two bytes: 16 bytes a thread, neighbours side by side."""
@@ -272,6 +285,7 @@ def _attend(units, queries, ring, outputs, shape, GROUP: gl.constexpr):
         base, offset, token, inside = _query_rows(units, unit, shape, GROUP, ROW)
         begin = gl.load(units.key_begin + token, mask=inside, other=0)
         end = gl.load(units.key_end + token, mask=inside, other=0)
+        sight = gl.load(units.sight + token * shape.H + unit % shape.H, mask=inside, other=0)
         peak = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         weights = _parts(nothing)
         sums = gl.full([ROWS, V], 0.0, gl.float32, of_v)
@@ -306,12 +320,9 @@ def _attend(units, queries, ring, outputs, shape, GROUP: gl.constexpr):
             sums = warpgroup_mma_wait(0, deps=[adding])
             ring.release(n)
             n += 1
-        weight = gl.convert_layout(gl.sum(weights, 1), ROW)
-        seen = weight > 0.0
-        weight = gl.where(seen, weight, 1.0)
-        where = outputs.lse + base + offset
-        gl.store(where, gl.where(seen, (peak + gl.log2(weight)) * LN2, float("-inf")), mask=inside)
-        own = (sums * _by_row(1.0 / weight, of_v)).to(dtype)
+        own, row_lse = _finish(peak, gl.convert_layout(gl.sum(weights, 1), ROW), sums, sight)
+        gl.store(outputs.lse + base + offset, row_lse, mask=inside)
+        own = own.to(dtype)
         if outputs.OTHERS == 0:
             queries.release(done)
             store_rows(outputs.output, base, offset, own, inside, V, of_v)
@@ -322,7 +333,7 @@ def _attend(units, queries, ring, outputs, shape, GROUP: gl.constexpr):
 
 @gluon.jit
 def forward(
-    query, key, value, key_begin, key_end, own_gate, other, other_gate, third, third_gate, output, lse, total,
+    query, key, value, key_begin, key_end, sight, own_gate, other, other_gate, third, third_gate, output, lse, total,
     T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     B: gl.constexpr, SCALE: gl.constexpr, OTHERS: gl.constexpr, KEEP: gl.constexpr, TILES: gl.constexpr,
     PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
@@ -333,7 +344,7 @@ def forward(
     gates [B, T, N]; without KEEP output is then not written. Arguments that do not count are placeholders.
     """
     shape = Shape(T, C, H, G, K, V, SCALE)
-    units = Units(key_begin, key_end, B, TILES, PROGRAMS)
+    units = Units(key_begin, key_end, sight, B, TILES, PROGRAMS)
     outputs = Outputs(output, lse, total, own_gate, other, other_gate, third, third_gate, OTHERS, KEEP)
     queries, ring = _allocate(query, key, value, shape, STAGES)
     gl.warp_specialize(
