@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LOG2E
-from .tiles import accumulate, added, inner, load_rows, scaled, store_rows, zeros
+from .tiles import accumulate, added, inner, load_rows, scaled, store_rows, where, zeros
 
 
 @triton.aggregate
@@ -42,7 +42,7 @@ def _gathered(statistics, offset, mask):
 
 @triton.jit
 def _key_gradients(
-    begin, count, dk, dv, k, v, where, queries, choosers, head, SHAPE: tl.constexpr, PLAIN: tl.constexpr
+    begin, count, dk, dv, k, v, index, queries, choosers, head, SHAPE: tl.constexpr, PLAIN: tl.constexpr
 ):
     """Adds to dk [KEYS, K] (still unscaled) and dv [KEYS, V] what ROWS rows of an item give, from row `begin` on.
 
@@ -66,8 +66,12 @@ def _key_gradients(
     alive = row_lse < float("inf")
     if SHAPE.WINDOW > 0 and not PLAIN:
         alive = alive | (tl.load(queries.sliding.lse + offset, mask=real, other=float("inf")) < float("inf"))
-    q = load_rows(queries.query, offset * K, alive, K, K_PARTS)  # [ROWS, K]
-    do = load_rows(queries.d_output, offset * V, alive, V, V_PARTS)  # [ROWS, V]
+        # the mask of these loads would take more registers than there are
+        q = where(~alive, 0.0, load_rows(queries.query, offset * K, real, K, K_PARTS), K_PARTS)  # [ROWS, K]
+        do = where(~alive, 0.0, load_rows(queries.d_output, offset * V, real, V, V_PARTS), V_PARTS)  # [ROWS, V]
+    else:
+        q = load_rows(queries.query, offset * K, alive, K, K_PARTS)
+        do = load_rows(queries.d_output, offset * V, alive, V, V_PARTS)
     exponent = inner(k, q, K_PARTS, PRECISION) * (SHAPE.SCALE * LOG2E)  # [KEYS, ROWS]
     p = tl.exp2(exponent - row_lse[None, :])
     if PLAIN:
@@ -76,14 +80,14 @@ def _key_gradients(
         ds = p * (inner(v, do, V_PARTS, PRECISION) - row_delta[None, :])
     else:
         row_place = tl.load(queries.place + token, mask=real, other=-1)
-        seen = where[:, None] <= row_place[None, :]
+        seen = index[:, None] <= row_place[None, :]
         chosen = seen & (chooser & 1 == 1)[None, :] if SHAPE.WINDOW > 0 else seen
         p = tl.where(chosen, p * row_weight[None, :], 0.0)
         dp = inner(v, do, V_PARTS, PRECISION)
         ds = p * (dp - row_delta[None, :])
         if SHAPE.WINDOW > 0:
             near_lse, near_delta, near_weight = _gathered(queries.sliding, offset, real)
-            near = seen & (where[:, None] > row_place[None, :] - SHAPE.WINDOW)
+            near = seen & (index[:, None] > row_place[None, :] - SHAPE.WINDOW)
             near_p = tl.where(near, tl.exp2(exponent - near_lse[None, :]) * near_weight[None, :], 0.0)
             p += near_p
             ds += near_p * (dp - near_delta[None, :])
@@ -162,8 +166,8 @@ def backward_key_value(
         count = tl.load(item_count + item) * G
         first_key = tl.load(block_begin + batch * SHAPE.BLOCKS + block) + piece * SHAPE.KEYS
         local = tl.arange(0, SHAPE.KEYS)
-        where = first_key + local
-        inside = where < tl.load(block_end + batch * SHAPE.BLOCKS + block)
+        index = first_key + local
+        inside = index < tl.load(block_end + batch * SHAPE.BLOCKS + block)
         base = (batch * SHAPE.C + first_key) * H + head
         k = load_rows(key + base * K, local * (H * K), inside, K, K_PARTS)  # [KEYS, K]
         v = load_rows(value + base * V, local * (H * V), inside, V, V_PARTS)  # [KEYS, V]
@@ -175,10 +179,10 @@ def backward_key_value(
         near_steps = tl.cdiv(near, SHAPE.ROWS)
         for i in range(near_steps):
             begin = i * SHAPE.ROWS
-            dk, dv = _key_gradients(begin, count, dk, dv, k, v, where, queries, choosers + first, head, SHAPE, False)
+            dk, dv = _key_gradients(begin, count, dk, dv, k, v, index, queries, choosers + first, head, SHAPE, False)
         for i in range(near_steps, tl.cdiv(count, SHAPE.ROWS)):
             begin = i * SHAPE.ROWS
-            dk, dv = _key_gradients(begin, count, dk, dv, k, v, where, queries, choosers + first, head, SHAPE, True)
+            dk, dv = _key_gradients(begin, count, dk, dv, k, v, index, queries, choosers + first, head, SHAPE, True)
         dk = scaled(dk, SHAPE.SCALE, K_PARTS)
         number = tl.load(item_more + item)
         if number < 0:

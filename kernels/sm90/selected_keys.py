@@ -99,12 +99,9 @@ def _copy(query, d_output, key, value, items, tile, rows, shape):
         tile.copy(done, key, value, program.batch, first_key, program.head, shape)
         done += 1
         for i in range((count + ROWS - 1) // ROWS):
-            q = rows.queries.index(rows.slot(n))
-            do = rows.cotangents.index(rows.slot(n))
+            q, do, barrier = rows.begin_copy(n, shape)
             q = q.reinterpret(query.dtype, [K // WIDTH * PIECES, 1, 1, PIECE, WIDTH], query.layout)
             do = do.reinterpret(query.dtype, [V // WIDTH * PIECES, 1, 1, PIECE, WIDTH], query.layout)
-            rows.wait_empty(n)
-            barrier = rows.expect(n, 2 * ROWS * (K + V))
             for j in gl.static_range(PIECES):
                 at = i * ROWS + j * PIECE
                 # rows that are not real are read from behind the batch row, as zeros
@@ -134,7 +131,8 @@ def _bring(lse, delta, weight, items, rows, shape):
             token = gl.load(choosers + row // G, mask=row < count, other=0) >> 1
             if shape.T * shape.H * G >= 2**31:
                 token = token.to(gl.int64)
-            rows.bring_statistics(n, lse, delta, weight, base + token * (shape.H * G) + row % G, row < count)
+            offset = base + token * (shape.H * G) + row % G
+            rows.bring_statistics(n, lse, delta, weight, offset, row < count, shape)
             n += 1
 
 
