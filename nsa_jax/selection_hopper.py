@@ -10,10 +10,10 @@ Array = jax.Array
 
 def fits(query: Array, key: Array, count: int, share: int) -> bool:
     """Whether this kernel does what is asked, on the device that is used; arguments as in `tiling.selection`."""
-    from nsa_jax.kernels import selection
+    from nsa_jax.kernels import select_blocks
 
     (_, _, N, K), H = query.shape, key.shape[2]
-    capability = launch.capability_of(selection.select)  # 0 in Triton's interpreter, which does not know Gluon
+    capability = launch.capability_of(select_blocks.select)  # 0 in Triton's interpreter, which does not know Gluon
     return tiling.selection_hopper(capability, K, query.dtype.itemsize, N // H, count, share)
 
 
