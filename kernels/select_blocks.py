@@ -206,7 +206,7 @@ def _insert(rank, block, list_rank, list_block, TOKENS: tl.constexpr):
 
 @triton.jit
 def _start_lists(queries, entry, rule):
-    """Ranks and blocks [LIST // LANES, TOKENS, LANES] of lists that hold the forced blocks, or all blocks where all fit.
+    """Ranks and blocks [LIST // LANES, TOKENS, LANES] of lists that hold the forced blocks, or all where all fit.
 
     Also the block before which candidates are [TOKENS], from INIT on. entry: 0 to LIST as [LIST // LANES, 1, LANES].
     """

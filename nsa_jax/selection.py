@@ -103,8 +103,8 @@ def _triton(
     share, capability = block_size // stride, launch.capability_of(kernels.select)
     tile = tiling.selection(capability, sum(tiling.parts(K)), query.dtype.itemsize, N // H, S, share)
     constants = {
-        "S": S, "SCALE": scale, "BLOCK_STRIDES": share, "WINDOW_STRIDES": window // stride, "INIT": min(num_init_blocks, num_blocks),
-        "LOCAL": min(num_local_blocks, num_blocks),
+        "S": S, "SCALE": scale, "BLOCK_STRIDES": share, "WINDOW_STRIDES": window // stride,
+        "INIT": min(num_init_blocks, num_blocks), "LOCAL": min(num_local_blocks, num_blocks),
     }  # fmt: skip
 
     def run(query, key, *arrays):

@@ -149,7 +149,7 @@ def test_where_it_is_used():
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("group", [8, 16, 32, 64])
 def test_ring_fits(width, group):
-    from nsa_jax.kernels import selection_hopper as kernels
+    from nsa_jax.kernels.sm90 import select_blocks as kernels
 
     rows, windows = kernels.UNIT.value, kernels.WINDOWS.value
     stages = tiling.selection_hopper_stages(width, group)
