@@ -2,13 +2,14 @@
 
 Shapes: query [B, T, N, K]; compressed_key [B, C, H, K]; lse [B, T, N]; N = H * G. The place in the key row at which a
 query's segment begins tells its segment, and query t of batch row b sees the windows in the slots
-[key_begin[b, t], key_end[b, t]): where a query stands is data, a kernel never assumes that query i stands at key i.
-Windows and blocks count from the segment's first, so that blocks line up.
+[key_begin[b, t], key_end[b, t]): where a query stands is data, in any order, and several may stand at one place; T is
+only how many there are. Windows and blocks count from the segment's first, so that blocks line up.
 
 A tile is TOKENS consecutive tokens by the HEADS (G, padded) of one group. It goes through the windows of its segment,
 sums their probabilities over the group, then over each block, and keeps a list of the best blocks per token. A list
 entry is a block and its rank: the bits of its importance, which as integers order as the importances do. Forced blocks
-enter the list first, so that only blocks before them are scored: candidates for what room is left.
+enter the list first, so that only blocks before them are scored: candidates for what room is left. An importance
+that is not a number counts as 0, whatever its bits are; no other token of the tile is concerned.
 """
 
 import triton
@@ -21,6 +22,7 @@ from .tiles import inner, load_keys, load_rows
 KEPT = tl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
 LANES = tl.constexpr(32)  # candidates lie across a warp's lanes, tokens across warps: rounds need no shared memory
 NONE = tl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list
+NOWHERE = tl.constexpr(0x7FFFFFFF)  # where no segment begins
 
 
 @triton.aggregate
@@ -270,9 +272,9 @@ def select(
     BLOCKS: tl.constexpr = PARTS * KEYS // BLOCK_STRIDES
     GROUPS: tl.constexpr = BLOCKS // LANES
     group = tl.arange(0, GROUPS)[:, None, None]
-    waiting = tl.where(stop > INIT, queries.start, T)
+    waiting = tl.where(stop > INIT, queries.start, NOWHERE)
     start = tl.min(waiting, 0)
-    while start < T:
+    while start < NOWHERE:
         mine = waiting == start
         first = tl.max(tl.where(mine, queries.begin, 0), 0)
         windows = tl.max(tl.where(mine, queries.seen, 0), 0)
@@ -282,12 +284,12 @@ def select(
             importance, carry = _importance(
                 compressed_key, q, row_lse, chunk, segment, queries.seen, carry, row, head, shape, tile, rule
             )
-            rank = importance.to(tl.int32, bitcast=True)
+            rank = tl.maximum(importance, 0.0).to(tl.int32, bitcast=True)  # NaN gives 0
             rank = tl.permute(tl.reshape(rank, [TOKENS, GROUPS, LANES]), (1, 0, 2))
             block = chunk * BLOCKS + group * LANES + lane  # [GROUPS, 1, LANES]
             candidate = mine[None, :, None] & (block >= INIT) & (block < stop[None, :, None])
             list_rank, list_block = _insert(tl.where(candidate, rank, -1), block, list_rank, list_block, TOKENS)
-        waiting = tl.where(mine, T, waiting)
+        waiting = tl.where(mine, NOWHERE, waiting)
         start = tl.min(waiting, 0)
 
     chosen = _ascending(list_block, entry, queries, tile)

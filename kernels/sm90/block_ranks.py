@@ -60,8 +60,7 @@ def _compare(rank, block, list_rank, list_block):
     worst = gl.min(gl.min(list_rank, 2, keep_dims=True), 1, keep_dims=True)
     evicted = gl.where(list_rank == worst, list_block, -1)
     evicted = gl.max(gl.max(evicted, 2, keep_dims=True), 1, keep_dims=True)
-    # a rank that is not a number may be KEPT
-    better = (best > worst) | ((best == worst) & (best >= 0) & (best < KEPT) & (chosen < evicted))
+    better = (best > worst) | ((best == worst) & (best >= 0) & (chosen < evicted))
     return best, chosen, evicted, better, or_of_thread(better.to(gl.int32)) != 0
 
 

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..select_blocks import NONE, Rule
+from ..select_blocks import NONE, NOWHERE, Rule
 from ..shape import Shape
 from .block_ranks import LIST_WARPS, ascending, by_token, insert, numbered, same, start_lists
 from .ptx import load_word, shared_address, store_word
@@ -77,7 +77,7 @@ class Queries:
     @gluon.jit
     def waiting(self, unit, shape, rule, PARTITION: gl.constexpr):
         """The segment's first window, the block before which candidates are, and the segment's start where there are
-        any, T where not: all [TOKENS]. PARTITION: warps that ask, each of which gets all."""
+        any, NOWHERE where not: all [TOKENS]. PARTITION: warps that ask, each of which gets all."""
         TOKENS: gl.constexpr = UNIT // shape.G
         token = unit.tile * TOKENS + gl.arange(0, TOKENS, layout=lanes(TOKENS, PARTITION))
         real = token < shape.T
@@ -87,7 +87,7 @@ class Queries:
         start = gl.load(self.segment_start + index, mask=real, other=0)
         begin = gl.load(self.key_begin + index, mask=real, other=0)
         _, _, _, stop = _limits(room, own, rule)
-        return begin, stop, gl.where(stop > rule.INIT, start, shape.T)
+        return begin, stop, gl.where(stop > rule.INIT, start, NOWHERE)
 
 
 @gluon.aggregate
@@ -192,11 +192,11 @@ def _copy(query, key, lse, queries, rows, keys, shape, rule, grid):
         unit = _unit(i, shape, grid)
         begin, stop, waiting = queries.waiting(unit, shape, rule, 1)
         segment = gl.min(waiting, 0)
-        if segment < shape.T:
+        if segment < NOWHERE:
             _copy_unit(query, lse, rows, done, unit, shape)
             done += 1
             note = gl.to_tensor(FIRST)
-            while segment < shape.T:
+            while segment < NOWHERE:
                 first, last = _segment(segment, waiting, begin, stop)
                 steps = (last * rule.BLOCK_STRIDES + KEYS - 1) // KEYS
                 for j in range(steps):
@@ -208,7 +208,7 @@ def _copy(query, key, lse, queries, rows, keys, shape, rule, grid):
                     tma.async_load(key, at, barrier, keys.keys.index(keys.slot(n)))
                     note = 0
                     n += 1
-                waiting = gl.where(waiting == segment, shape.T, waiting)
+                waiting = gl.where(waiting == segment, NOWHERE, waiting)
                 segment = gl.min(waiting, 0)
     keys.wait_empty(n)
     keys.write_note(n, END)
@@ -298,7 +298,7 @@ def _keep(queries, block_indices, sums, shape, rule, grid, LIST: gl.constexpr):
         list_rank, list_block = start_lists(room, own, near, forced, all_fit, entry)  # [TOKENS, LIST / 32, 32]
         seen = same(seen[:, None, None], CANDIDATES)
         segment = gl.min(waiting, 0)
-        while segment < shape.T:
+        while segment < NOWHERE:
             _, last = _segment(segment, waiting, begin, stop)
             before = same(gl.where(start == segment, own_stop, 0)[:, None, None], CANDIDATES)
             carry = gl.zeros_like(seen).to(gl.float32)
@@ -310,9 +310,10 @@ def _keep(queries, block_indices, sums, shape, rule, grid, LIST: gl.constexpr):
                 sums.release(n)
                 n += 1
                 block = first + column
-                rank = gl.where((block >= rule.INIT) & (block < before), importance.to(gl.int32, bitcast=True), -1)
+                rank = gl.maximum(importance, 0.0).to(gl.int32, bitcast=True)  # NaN gives 0
+                rank = gl.where((block >= rule.INIT) & (block < before), rank, -1)
                 list_rank, list_block = insert(rank, block, list_rank, list_block)
-            waiting = gl.where(waiting == segment, shape.T, waiting)
+            waiting = gl.where(waiting == segment, NOWHERE, waiting)
             segment = gl.min(waiting, 0)
 
         target = ascending(list_block, entry, TOKENS, LIST)
