@@ -78,19 +78,21 @@ def forward(query: Array, key: Array, value: Array, intervals: Intervals, spec: 
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_forward, kernels.forward, shape, query.dtype)
 
-    def run(query, key, value, key_begin, key_end):
+    def run(query, key, value, key_begin, key_end, sight):
         B, T, N, K = query.shape
         C, H, V = value.shape[1:]
         tiles = -(-T * (N // H) // tile.rows)
         return launch.launch(
             kernels.forward, query, *launch.key_tiles(kernels.forward, tile.keys, key, value), key_begin, key_end,
+            sight,
             outputs=(jax.ShapeDtypeStruct((B, T, N, V), query.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
             programs=tiles * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (K + V),
             ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, **shape,
         )  # fmt: skip
 
-    output, lse = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end)
+    sight = interval_hopper.sight(intervals, key.shape[2])
+    output, lse = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end, sight)
     return output, lse
 
 
@@ -142,6 +144,7 @@ def backward_key_value(
         )
     shape = _shape(query, key, value, spec)
     tile = _pick(tiling.interval_backward_key_value, kernels.backward_key_value, shape, query.dtype)
+    ahead = tiling.selected_ahead(launch.capability_of(kernels.backward_key_value))
 
     def run(query, key, value, d_output, *arrays):
         B, T, N, K = query.shape
@@ -156,12 +159,13 @@ def backward_key_value(
             outputs=tuple(jax.ShapeDtypeStruct((splits, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * splits * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * _pairs(T, C, spec) * (2 * K + 2 * V),
-            B=B, ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, SPLITS=splits, **shape,
+            B=B, ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, SPLITS=splits, AHEAD=ahead, **shape,
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
+    statistics = interval_hopper.statistics(branch, delta)
     d_key, d_value = launch.fold_vmap(run)(
-        query, key, value, d_output, branch.lse, delta, branch.weight, intervals.query_begin, intervals.query_end
+        query, key, value, d_output, *statistics, intervals.query_begin, intervals.query_end
     )
     return d_key, d_value
 

@@ -40,6 +40,19 @@ def _shape(query: Array, value: Array, scale: float) -> dict:
     return {"T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "B": B, "SCALE": scale}
 
 
+def sight(intervals: Intervals, heads: int) -> Array:
+    """What each query sees, int8 [B, T, H]: 0 nothing, 1 what is finite, 2 also what is not."""
+    seen = intervals.key_end > intervals.key_begin
+    return jnp.broadcast_to(seen[..., None], (*seen.shape, heads)).astype(jnp.int8)
+
+
+def statistics(branch: Branch, delta: Array) -> tuple[Array, Array, Array]:
+    """(lse, delta, weight) [B, T, N] as passes from the keys' side take them: rows that see nothing, or are not
+    finite, do not count."""
+    live = jnp.isfinite(branch.lse)
+    return jnp.where(live, branch.lse, jnp.inf), jnp.where(live, delta, 0.0), jnp.where(live, branch.weight, 0.0)
+
+
 def fits_sum(query: Array, value: Array) -> bool:
     """Whether `forward`, where it fits, adds up gated outputs too: it puts its own where the queries were."""
     return value.shape[3] <= query.shape[3]
@@ -53,12 +66,12 @@ def forward(
 
     pairs: about how many (query, key) pairs a head computes, for profiles.
     """
-    from nsa_jax.kernels import interval_hopper as kernels
+    from nsa_jax.kernels.sm90 import interval as kernels
 
     keep = addends is None or addends.keep
     summed = () if addends is None else (addends.gate, *(array for pair in addends.others for array in pair))
 
-    def run(query, key, value, key_begin, key_end, *summed):
+    def run(query, key, value, key_begin, key_end, sight, *summed):
         (B, T, N, K), V = query.shape, value.shape[3]
         shape = _shape(query, value, scale)
         tiles = -(-T * shape["G"] // tiling.INTERVAL_HOPPER_ROWS)
@@ -67,7 +80,7 @@ def forward(
         placeholder = jax.ShapeDtypeStruct((B, 1, 1, 1), query.dtype)
         return launch.launch(
             kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
-            key_begin, key_end, *summed, *[key_begin] * (5 - len(summed)),
+            key_begin, key_end, sight, *summed, *[key_begin] * (5 - len(summed)),
             outputs=(
                 whole if keep else placeholder,
                 jax.ShapeDtypeStruct((B, T, N), jnp.float32),
@@ -78,7 +91,8 @@ def forward(
             STAGES=tiling.interval_hopper_stages(K, V), **shape,
         )  # fmt: skip
 
-    output, lse, total = launch.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end, *summed)
+    seen = intervals.key_begin, intervals.key_end, sight(intervals, key.shape[2])
+    output, lse, total = launch.fold_vmap(run)(query, key, value, *seen, *summed)
     return output if keep else None, lse, total if summed else None
 
 
@@ -109,6 +123,6 @@ def backward_key_value(
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 
     d_key, d_value = launch.fold_vmap(run)(
-        query, key, value, d_output, branch.lse, delta, branch.weight, intervals.query_begin, intervals.query_end
+        query, key, value, d_output, *statistics(branch, delta), intervals.query_begin, intervals.query_end
     )
     return d_key, d_value
