@@ -90,9 +90,7 @@ def _copy(
     first, last = program.slots(begin, end, shape)
     for n in range(last - first):
         at = _nth(n, first, last) * ROWS
-        rows.wait_empty(n)
-        barrier = rows.expect(n, 2 * ROWS * (shape.K + shape.V))
-        q, do = rows.queries.index(rows.slot(n)), rows.cotangents.index(rows.slot(n))
+        q, do, barrier = rows.begin_copy(n, shape)
         copy_rows(query, q, barrier, program.row, at, program.head, shape.G, shape.K, ROWS)
         copy_rows(d_output, do, barrier, program.row, at, program.head, shape.G, shape.V, ROWS)
 
@@ -109,7 +107,7 @@ def _bring(lse, delta, weight, query_begin, query_end, rows, shape, TILES: gl.co
         query_row = at + gl.arange(0, ROWS, layout=LANES)
         base = ((program.row.to(gl.int64) * shape.T + at // G) * shape.H + program.head) * G
         offset = base + (query_row // G - at // G) * (shape.H * G) + query_row % G
-        rows.bring_statistics(n, lse, delta, weight, offset, query_row < shape.T * G)
+        rows.bring_statistics(n, lse, delta, weight, offset, query_row < shape.T * G, shape)
 
 
 @gluon.jit

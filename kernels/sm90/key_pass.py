@@ -1,21 +1,23 @@
 """What the passes from the keys' side share on Hopper (sm_90): selected_keys.py and interval_keys.py.
 
 A program has 64 keys and a list of slots of 64 query rows. One warp copies queries and cotangents into a ring; another
-brings the rows' statistics; one warpgroup multiplies. Keys are the rows of all four products, so that probabilities go
-from one to the next in registers. Two programs share a multiprocessor: one's products run beside the other's
-exponentials.
+brings the rows' statistics and clears rows that do not count; one warpgroup multiplies. Keys are the rows of all four
+products, so that probabilities go from one to the next in registers. Two programs share a multiprocessor: one's
+products run beside the other's exponentials.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
+from .ptx import clear_rows
 from .ring import Ring, allocate_barriers
 from .rows import LOG2E, as_columns, as_rows, product_layout
 
@@ -26,6 +28,7 @@ STATISTICS = gl.constexpr(3)  # of a row: lse in base 2, delta, weight
 SCORES = gl.constexpr(product_layout(64))
 KEY = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 ROW = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+NOT_REAL = gl.constexpr(1e30)  # lse of rows that are not there: finite, and probability 0
 LANES = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # a slot's rows in one warp
 
 
@@ -46,8 +49,13 @@ class KeyTile(Ring):
 
 @gluon.aggregate
 class RowRing(Ring):
-    """Query rows: queries [STAGES, ROWS, K], cotangents [STAGES, ROWS, V], statistics [STAGES * STATISTICS, ROWS]."""
+    """Query rows: queries [STAGES, ROWS, K], cotangents [STAGES, ROWS, V], statistics [STAGES * STATISTICS, ROWS].
 
+    A slot is full when its statistics are there and dead rows are cleared; `copied` are barriers, one per slot, that
+    complete when queries and cotangents are there.
+    """
+
+    copied: gl.shared_memory_descriptor
     queries: gl.shared_memory_descriptor
     cotangents: gl.shared_memory_descriptor
     statistics: gl.shared_memory_descriptor
@@ -58,15 +66,41 @@ class RowRing(Ring):
         return self.statistics.index(n % self.STAGES * STATISTICS + i)
 
     @gluon.jit
-    def bring_statistics(self, n, lse, delta, weight, offset, real):
-        """Loads those of the rows at `offset` into the n-th slot; a row that is not real has an infinite lse."""
-        row_lse = gl.load(lse + offset, mask=real, other=float("inf")) * LOG2E
+    def begin_copy(self, n, shape):
+        """Waits until the n-th slot is free. Gives its queries, its cotangents and the barrier for their copies."""
+        slot = n % self.STAGES
+        self.wait_empty(n)
+        barrier = self.copied.index(slot)
+        mbarrier.expect(barrier, 2 * ROWS * (shape.K + shape.V))
+        return self.queries.index(slot), self.cotangents.index(slot), barrier
+
+    @gluon.jit
+    def wait_copied(self, n):
+        """Waits until queries and cotangents of the n-th slot are there."""
+        mbarrier.wait(self.copied.index(n % self.STAGES), (n // self.STAGES) & 1)
+
+    @gluon.jit
+    def bring_statistics(self, n, lse, delta, weight, offset, real, shape):
+        """Loads those of the rows at `offset` into the n-th slot, and sees to it that dead rows do not count.
+
+        A row with an lse of inf is dead: its query and its cotangent may hold anything. Where a slot has one, this warp
+        waits for the copies and overwrites such rows with zeros; then the slot is full. In place of rows that are not
+        real, rows that are finite must have been copied, or real ones of the same slot: they too are overwritten.
+        """
+        row_lse = gl.load(lse + offset, mask=real, other=NOT_REAL) * LOG2E
         row_delta = gl.load(delta + offset, mask=real, other=0.0)
         row_weight = gl.load(weight + offset, mask=real, other=0.0)
+        any_dead = gl.max((row_lse == float("inf")).to(gl.int32), 0)
         self.wait_empty(n)
         self.statistic(n, 0).store(row_lse)
         self.statistic(n, 1).store(row_delta)
         self.statistic(n, 2).store(row_weight)
+        if any_dead != 0:
+            self.wait_copied(n)
+            which = (row_lse >= NOT_REAL).to(gl.int32)
+            clear_rows(self.queries.index(n % self.STAGES), which, shape.K)
+            clear_rows(self.cotangents.index(n % self.STAGES), which, shape.V)
+            fence_async_shared()
         self.fill(n)
 
 
@@ -82,11 +116,14 @@ def allocate(query, key, value, d_output, shape, STAGES: gl.constexpr):
         gl.float32, [STAGES * STATISTICS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     tile_full, tile_empty = allocate_barriers(1, 1, WARPS)
-    full, empty = allocate_barriers(STAGES, 2, WARPS)  # filled by the copies and by the statistics
+    full, empty = allocate_barriers(STAGES, 1, WARPS)
+    copied = mbarrier.allocate_mbarrier(batch=STAGES)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(copied.index(i), count=1)
     fence_async_shared()
     gl.barrier()
     tile = KeyTile(tile_full, tile_empty, 1, keys, values)
-    return tile, RowRing(full, empty, STAGES, queries, cotangents, statistics)
+    return tile, RowRing(full, empty, STAGES, copied, queries, cotangents, statistics)
 
 
 @gluon.jit
@@ -102,6 +139,7 @@ def probabilities(tile, rows, n, is_first, dk, dv, shape):
 
     Unless it is the first one of those keys, the slot before is given back.
     """
+    rows.wait_copied(n)
     rows.wait_full(n)
     k = as_rows(tile.keys, KEYS, shape.K)
     q = as_columns(rows.queries.index(rows.slot(n)), ROWS, shape.K)
