@@ -86,7 +86,7 @@ def _triton(
     query, key, lse, *,
     block_counts, max_block_count, block_size, window, stride, num_init_blocks, num_local_blocks, scale, segment_ids,
 ):  # fmt: skip
-    from nsa_jax.kernels import selection as kernels
+    from nsa_jax.kernels import select_blocks as kernels
 
     B, T, N, K = query.shape
     H = key.shape[2]
@@ -103,8 +103,8 @@ def _triton(
     share, capability = block_size // stride, launch.capability_of(kernels.select)
     tile = tiling.selection(capability, sum(tiling.parts(K)), query.dtype.itemsize, N // H, S, share)
     constants = {
-        "S": S, "SCALE": scale, "SHARE": share, "REACH": window // stride, "INIT": min(num_init_blocks, num_blocks),
-        "LOCAL": min(num_local_blocks, num_blocks),
+        "S": S, "SCALE": scale, "BLOCK_STRIDES": share, "WINDOW_STRIDES": window // stride,
+        "INIT": min(num_init_blocks, num_blocks), "LOCAL": min(num_local_blocks, num_blocks),
     }  # fmt: skip
 
     def run(query, key, *arrays):

@@ -15,6 +15,64 @@ def arrive(barrier):
     )
 
 
+@gluon.jit
+def shared_address(memory):
+    """Where a tile lies in shared memory, in bytes."""
+    return gl.inline_asm("mov.u32 $0, $1;", "=r,r", [memory], gl.int32)
+
+
+@gluon.jit
+def load_word(address):
+    """The int32 at an address of shared memory."""
+    return gl.inline_asm("ld.shared.u32 $0, [$1];", "=r,r,~{memory}", [address], gl.int32)
+
+
+@gluon.jit
+def store_word(address, word):
+    """Writes an int32 to shared memory. All threads of the warp have done so when one goes on."""
+    gl.inline_asm("st.shared.u32 [$0], $1; bar.warp.sync 0xffffffff;", "r,r,~{memory}", [address, word])
+
+
+@gluon.constexpr_function
+def _load_each(outputs, inputs):
+    return "\n".join(f"ld.shared.f32 {x}, [{at}];" for x, at in zip(outputs[0], inputs[0], strict=True))
+
+
+@gluon.jit
+def load_floats(addresses):
+    """The float32 at each of a tensor of addresses in shared memory."""
+    kind: gl.constexpr = gl.distributed_type(gl.float32, addresses.type.shape, addresses.type.layout)
+    return gl.inline_asm(_load_each, ("=f", "r"), [addresses], kind)
+
+
+@gluon.constexpr_function
+def _store_pairs(count, stride):
+    return "\n".join(f"st.shared.f32 [${i % 2}+{stride * (i // 2)}], ${2 + i};" for i in range(2 * count))
+
+
+@gluon.constexpr_function
+def _pair_inputs(count):
+    return ",".join(["r"] * 2 + ["f"] * (2 * count) + ["~{memory}"])
+
+
+@gluon.jit
+def store_pairs(addresses, x, COUNT: gl.constexpr, STRIDE: gl.constexpr):
+    """Writes the COUNT pairs of float32 that a thread has of x, the i-th STRIDE * i bytes after its two addresses."""
+    gl.inline_asm(_store_pairs(COUNT, STRIDE), _pair_inputs(COUNT), [addresses, x])
+
+
+@gluon.constexpr_function
+def _or_all(outputs, inputs):
+    to = outputs[0][0]
+    return "\n".join([f"mov.u32 {to}, 0;", *(f"or.b32 {to}, {to}, {x};" for x in inputs[0])])
+
+
+@gluon.jit
+def or_of_thread(x):
+    """The bitwise or of the int32 that a thread has of x: a scalar, which differs where the threads' parts do."""
+    return gl.inline_asm(_or_all, ("=&r", "r"), [x], gl.int32)
+
+
 @gluon.constexpr_function
 def _clear(columns):
     """Assembly that overwrites two rows of this lane with zeros, each if its flag is set."""
