@@ -1,18 +1,23 @@
 """Attention in which every query sees one contiguous interval of keys: the compressed and the sliding branch.
 
-Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. Query t of row b sees the keys
+Shapes: query, output [B, T, N, K|V]; key, value [B, C, H, K|V]; N = H * G. Query t of batch row b sees the keys
 [key_begin[b, t], key_end[b, t]); seen from the other side, key c is seen by the queries [query_begin[b, c],
-query_end[b, c]). Which keys those are is data: a kernel never assumes that query i stands at key i. An empty interval
-gives output 0 and lse -inf.
+query_end[b, c]). Which keys those are is data: a kernel never assumes that query i stands at key i.
 
-A row of a tile is one (token, head of the group) pair, row = token * G + head, so the keys of a group are loaded once
-for all its heads and no group size wastes a row. Tiles that every row sees whole skip the mask.
+What a query does not see does not count, whatever it holds. Keys and values are finite: the caller has replaced those
+that are not by zeros, and says in `sight`, int8 [B, T, H], what a query sees: nothing (0; output 0 and lse -inf), what
+is finite (1), or also what is not (2; output and lse NaN). Queries and cotangents may hold anything, and reach only
+their own row and the keys that it sees.
+
+A query row is a (token, head of the group) pair, number token * G + head, so the keys of a group are loaded once for
+all its heads and no group size wastes a row of a tile. Tiles that every row sees whole skip the mask.
 """
 
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, exponent_factor, finish, load_statistics, online_step, scores
+from .shape import PortableShape
+from .softmax import LOG2E, exponent_factor, finish_gradient, finish_seen, load_statistics, online_step, scores
 from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
 
 
@@ -23,14 +28,32 @@ def _program(TILES: tl.constexpr, H: tl.constexpr):
     return program % TILES, program // TILES % H, (program // (TILES * H)).to(tl.int64)
 
 
+@triton.aggregate
+class QueryRows:
+    """The rows of a tile.
+
+    Attributes:
+        base: index of the first one in [B, T, N], int64.
+        offset: [ROWS], from there.
+        token: [ROWS], in the batch row.
+        inside: [ROWS], whether there is such a row.
+    """
+
+    base: tl.tensor
+    offset: tl.tensor
+    token: tl.tensor
+    inside: tl.tensor
+
+
 @triton.jit
-def _query_rows(tile, row, head, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
-    """Query tile number `tile`: its first row's index in [B, T, N]; its rows' offsets from there, tokens, reality."""
-    slot = tile * ROWS + tl.arange(0, ROWS)
-    token = slot // G
+def _query_rows(tile, row, head, shape, ROWS: tl.constexpr):
+    """The `QueryRows` of tile number `tile`."""
+    G: tl.constexpr = shape.G
+    query_row = tile * ROWS + tl.arange(0, ROWS)
+    token = query_row // G
     first = tile * ROWS // G
-    base = ((row * T + first) * H + head) * G
-    return base, (token - first) * (H * G) + slot % G, token, token < T
+    base = ((row * shape.T + first) * shape.H + head) * G
+    return QueryRows(base, (token - first) * (shape.H * G) + query_row % G, token, token < shape.T)
 
 
 @triton.jit
@@ -50,54 +73,62 @@ def _edge_tile(i, first, lower, upper):
 
 
 @triton.jit
-def _load_keys(
-    tile, key, value, row, head, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KEYS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Key tile number `tile`: its places [KEYS], keys and values."""
-    place = tile * KEYS + tl.arange(0, KEYS)
-    keys = load_keys(key, row, tile * KEYS, head, place < C, C, H, K, KEYS, K_PARTS, DESCRIPTORS)  # [KEYS, K]
-    values = load_keys(value, row, tile * KEYS, head, place < C, C, H, V, KEYS, V_PARTS, DESCRIPTORS)  # [KEYS, V]
-    return place, keys, values
+def _key_tiles(begin, end, inside, shape, KEYS: tl.constexpr):
+    """The tiles [first, last) of keys that any interval touches, and those, [lower, upper), that lie in all of them."""
+    first = tl.min(tl.where(end > begin, begin, shape.C), 0) // KEYS
+    last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), KEYS)
+    lower, upper = _whole_tiles(begin, end, inside, first, last, KEYS, shape.C)
+    return first, last, lower, upper
+
+
+@triton.jit
+def _load_keys(tile, key, value, row, head, shape, KEYS: tl.constexpr):
+    """Key tile number `tile`: the keys' numbers [KEYS], keys and values."""
+    C: tl.constexpr = shape.C
+    H: tl.constexpr = shape.H
+    first = tile * KEYS
+    number = first + tl.arange(0, KEYS)
+    k = load_keys(key, row, first, head, number < C, C, H, shape.K, KEYS, shape.K_PARTS, shape.DESCRIPTORS)  # [KEYS, K]
+    v = load_keys(value, row, first, head, number < C, C, H, shape.V, KEYS, shape.V_PARTS, shape.DESCRIPTORS)
+    return number, k, v
 
 
 @triton.jit
 def forward(
-    query, key, value, key_begin, key_end, output, lse,
+    query, key, value, key_begin, key_end, sight, output, lse,
     T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
+    shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
     tile, head, row = _program(TILES, H)
     # late tokens see most: first
-    base, offset, token, inside = _query_rows(TILES - 1 - tile, row, head, T, H, G, ROWS)
-    begin = tl.load(key_begin + row * T + token, mask=inside, other=0)  # [ROWS]
-    end = tl.load(key_end + row * T + token, mask=inside, other=0)
-    q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
+    rows = _query_rows(TILES - 1 - tile, row, head, shape, ROWS)
+    begin = tl.load(key_begin + row * T + rows.token, mask=rows.inside, other=0)  # [ROWS]
+    end = tl.load(key_end + row * T + rows.token, mask=rows.inside, other=0)
+    row_sight = tl.load(sight + (row * T + rows.token) * H + head, mask=rows.inside, other=0)
+    q = load_rows(query + rows.base * K, rows.offset * K, rows.inside, K, K_PARTS)  # [ROWS, K]
 
-    first = tl.min(tl.where(end > begin, begin, C), 0) // KEYS
-    last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), KEYS)
-    lower, upper = _whole_tiles(begin, end, inside, first, last, KEYS, C)
-
+    first, last, lower, upper = _key_tiles(begin, end, rows.inside, shape, KEYS)
     factor: tl.constexpr = exponent_factor(SCALE)
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(lower, upper):
-        place, k, v = _load_keys(i, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
+        number, k, v = _load_keys(i, key, value, row, head, shape, KEYS)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
         peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        place, k, v = _load_keys(j, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
-        seen = (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
+        number, k, v = _load_keys(j, key, value, row, head, shape, KEYS)
+        seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
         score = tl.where(seen, scores(q, k, SCALE, K_PARTS, PRECISION), float("-inf"))
         peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
-    result, result_lse = finish(peak, total, sums, V_PARTS)
-    store_rows(output + base * V, offset * V, result, inside, V, V_PARTS)
-    tl.store(lse + base + offset, result_lse, mask=inside)
+    result, result_lse = finish_seen(peak, total, sums, row_sight, V_PARTS)
+    store_rows(output + rows.base * V, rows.offset * V, result, rows.inside, V, V_PARTS)
+    tl.store(lse + rows.base + rows.offset, result_lse, mask=rows.inside)
 
 
 @triton.jit
@@ -111,66 +142,96 @@ def backward_query(
     """d_query [B, T, N, K], and delta float32 [B, T, N], see `load_statistics`.
 
     The cotangent of the output is weight * d_output. d_lse, with HAS_D_LSE, is that of the lse; before, with
-    HAS_BEFORE, is a d_query to add to.
+    HAS_BEFORE, is a d_query to add to. A row that sees nothing, lse -inf, gets 0 (or `before`) and delta 0; one whose
+    lse is NaN gets NaN.
     """
+    shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
     tile, head, row = _program(TILES, H)
-    base, offset, token, inside = _query_rows(TILES - 1 - tile, row, head, T, H, G, ROWS)
-    begin = tl.load(key_begin + row * T + token, mask=inside, other=0)  # [ROWS]
-    end = tl.load(key_end + row * T + token, mask=inside, other=0)
+    rows = _query_rows(TILES - 1 - tile, row, head, shape, ROWS)
+    base, offset, inside = rows.base, rows.offset, rows.inside
+    begin = tl.load(key_begin + row * T + rows.token, mask=inside, other=0)  # [ROWS]
+    end = tl.load(key_end + row * T + rows.token, mask=inside, other=0)
     q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta = load_statistics(output, do, lse, d_lse, delta, base, offset, inside, V, V_PARTS, HAS_D_LSE)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0) * SCALE
 
-    first = tl.min(tl.where(end > begin, begin, C), 0) // KEYS
-    last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), KEYS)
-    lower, upper = _whole_tiles(begin, end, inside, first, last, KEYS, C)
-
+    first, last, lower, upper = _key_tiles(begin, end, inside, shape, KEYS)
     dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
     for i in range(lower, upper):
-        place, k, v = _load_keys(i, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
+        number, k, v = _load_keys(i, key, value, row, head, shape, KEYS)
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        place, k, v = _load_keys(j, key, value, row, head, C, H, K, V, KEYS, K_PARTS, V_PARTS, DESCRIPTORS)
-        seen = (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
+        number, k, v = _load_keys(j, key, value, row, head, shape, KEYS)
+        seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])
         ds = tl.where(seen, p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None]), 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
-    dq = scaled(dq, row_weight[:, None], K_PARTS)
+    dq = finish_gradient(scaled(dq, row_weight[:, None], K_PARTS), row_lse, K_PARTS)
     if HAS_BEFORE:
         dq = added(dq, load_rows(before + base * K, offset * K, inside, K, K_PARTS), K_PARTS)
     store_rows(d_query + base * K, offset * K, dq, inside, K, K_PARTS)
 
 
+@triton.aggregate
+class _Queries:
+    """What the pass from the keys' side reads per query row.
+
+    Attributes:
+        query, d_output: pointers or descriptors, [B, T, N, K|V].
+        lse, delta, weight: pointers, float32 [B, T, N].
+        row, head: batch row and kv head.
+    """
+
+    query: tl.core.base_value
+    d_output: tl.core.base_value
+    lse: tl.tensor
+    delta: tl.tensor
+    weight: tl.tensor
+    row: tl.tensor
+    head: tl.tensor
+
+
 @triton.jit
-def _key_gradients(
-    tile, mask_begin, mask_end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
-    T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SCALE: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Adds what the rows of query tile number `tile` give to dk [KEYS, K] (still unscaled) and dv [KEYS, V]."""
-    base, offset, token, inside = _query_rows(tile, row, head, T, H, G, ROWS)
-    if DESCRIPTORS:
-        place = [row.to(tl.int32), tile * (ROWS // G), head * G, 0]
-        q = (tl.reshape(query.load(place), [ROWS, K]),)
-        do = (tl.reshape(d_output.load(place), [ROWS, V]),)
+def _row_lse(tile, queries, shape, ROWS: tl.constexpr):
+    """The lse [ROWS] of query tile number `tile` in base 2, inf for rows that do not count.
+
+    Where AHEAD, loops load it at the end of the step before: copies of queries then need not wait for it.
+    """
+    rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
+    return tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf")) * LOG2E
+
+
+@triton.jit
+def _key_gradients(tile, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Adds what the rows of query tile number `tile` give to dk [KEYS, K] (still unscaled) and dv [KEYS, V].
+
+    MASKED: whether a key may not be seen by a row: keys are seen by the queries [begin, end) [KEYS].
+    """
+    G: tl.constexpr = shape.G
+    K: tl.constexpr = shape.K
+    V: tl.constexpr = shape.V
+    rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
+    live = row_lse < float("inf")
+    if shape.DESCRIPTORS:
+        where = [queries.row.to(tl.int32), tile * (ROWS // G), queries.head * G, 0]
+        q = (tl.where(live[:, None], tl.reshape(queries.query.load(where), [ROWS, K]), 0.0),)
+        do = (tl.where(live[:, None], tl.reshape(queries.d_output.load(where), [ROWS, V]), 0.0),)
     else:
-        q = load_rows(query + base * K, offset * K, inside, K, K_PARTS)  # [ROWS, K]
-        do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
-    row_lse = tl.load(lse + base + offset, mask=inside, other=float("inf")) * LOG2E
-    row_delta = tl.load(delta + base + offset, mask=inside, other=0.0)
-    row_weight = tl.load(weight + base + offset, mask=inside, other=0.0)
-    p = tl.exp2(inner(k, q, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[None, :])  # [KEYS, ROWS]
+        q = load_rows(queries.query + rows.base * K, rows.offset * K, live, K, shape.K_PARTS)  # [ROWS, K]
+        do = load_rows(queries.d_output + rows.base * V, rows.offset * V, live, V, shape.V_PARTS)  # [ROWS, V]
+    row_delta = tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0)
+    row_weight = tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0)
+    score = inner(k, q, shape.K_PARTS, shape.PRECISION)  # [KEYS, ROWS]
+    p = tl.exp2(score * (shape.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
     if MASKED:
-        p = tl.where((token[None, :] >= mask_begin[:, None]) & (token[None, :] < mask_end[:, None]), p, 0.0)
-    p *= row_weight[None, :]
-    dv = accumulate(dv, p, do, V_PARTS, PRECISION)
-    ds = p * (inner(v, do, V_PARTS, PRECISION) - row_delta[None, :])
-    dk = accumulate(dk, ds, q, K_PARTS, PRECISION)
+        p = tl.where((rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None]), p, 0.0)
+    dv = accumulate(dv, p, do, shape.V_PARTS, shape.PRECISION)
+    ds = p * (inner(v, do, shape.V_PARTS, shape.PRECISION) - row_delta[None, :])
+    dk = accumulate(dk, ds, q, shape.K_PARTS, shape.PRECISION)
     return dk, dv
 
 
@@ -179,45 +240,53 @@ def backward_key_value(
     query, key, value, d_output, lse, delta, weight, query_begin, query_end, d_key, d_value,
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    SPLITS: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SPLITS: tl.constexpr, AHEAD: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """d_key, d_value [SPLITS, B, C, H, K|V], one part per share of the queries. Grid: TILES * SPLITS * H * B.
+    """d_key, d_value [SPLITS, B, C, H, K|V], to be summed. Grid: TILES * SPLITS * H * B.
 
-    The cotangent of the output is weight * d_output; delta is what `backward_query` gives.
+    Each split has a part of the queries. The cotangent of the output is weight * d_output; delta is what
+    `backward_query` gives. Rows with an lse of inf, a delta of 0 and a weight of 0 do not count, whatever their query
+    and cotangent hold: so the caller marks those that see nothing or are not finite.
     """
+    shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
     program, head, row = _program(TILES * SPLITS, H)
+    queries = _Queries(query, d_output, lse, delta, weight, row, head)
     split = program % SPLITS
     local = tl.arange(0, KEYS)
     tile = program // SPLITS
-    place = tile * KEYS + local
-    inside = place < C
-    begin = tl.load(query_begin + row * C + place, mask=inside, other=0)  # [KEYS]
-    end = tl.load(query_end + row * C + place, mask=inside, other=0)
+    number = tile * KEYS + local
+    inside = number < C
+    begin = tl.load(query_begin + row * C + number, mask=inside, other=0)  # [KEYS]
+    end = tl.load(query_end + row * C + number, mask=inside, other=0)
     base = (row * C + tile * KEYS) * H + head
     k = load_rows(key + base * K, local * (H * K), inside, K, K_PARTS)  # [KEYS, K]
     v = load_rows(value + base * V, local * (H * V), inside, V, V_PARTS)  # [KEYS, V]
 
     first = tl.min(tl.where(end > begin, begin, T), 0) * G // ROWS
     last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0) * G, ROWS)
-    share = tl.cdiv(tl.maximum(last - first, 0), SPLITS)
-    first += split * share
-    last = tl.maximum(tl.minimum(last, first + share), first)
+    tiles = tl.cdiv(tl.maximum(last - first, 0), SPLITS)
+    first += split * tiles
+    last = tl.maximum(tl.minimum(last, first + tiles), first)
     lower, upper = _whole_tiles(begin * G, end * G, inside, first, last, ROWS, T * G)
 
     dk = zeros(KEYS, K_PARTS)
     dv = zeros(KEYS, V_PARTS)
+    row_lse = _row_lse(lower, queries, shape, ROWS)
     for i in range(lower, upper):
-        dk, dv = _key_gradients(
-            i, begin, end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
-            T, H, G, K, V, SCALE, ROWS, False, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS,
-        )  # fmt: skip
+        if not AHEAD:
+            row_lse = _row_lse(i, queries, shape, ROWS)
+        dk, dv = _key_gradients(i, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS, False)
+        if AHEAD:
+            row_lse = _row_lse(i + 1, queries, shape, ROWS)
+    row_lse = _row_lse(_edge_tile(0, first, lower, upper), queries, shape, ROWS)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        dk, dv = _key_gradients(
-            j, begin, end, k, v, dk, dv, query, d_output, lse, delta, weight, row, head,
-            T, H, G, K, V, SCALE, ROWS, True, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS,
-        )  # fmt: skip
+        if not AHEAD:
+            row_lse = _row_lse(j, queries, shape, ROWS)
+        dk, dv = _key_gradients(j, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS, True)
+        if AHEAD:
+            row_lse = _row_lse(_edge_tile(i + 1, first, lower, upper), queries, shape, ROWS)
     base += split.to(tl.int64) * (B * C * H)
     store_rows(d_key + base * K, local * (H * K), scaled(dk, SCALE, K_PARTS), inside, K, K_PARTS)
     store_rows(d_value + base * V, local * (H * V), dv, inside, V, V_PARTS)

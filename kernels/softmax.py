@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import accumulate, inner, load_rows, row_dot, scaled
+from .tiles import accumulate, inner, load_rows, row_dot, scaled, where
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -51,6 +51,17 @@ def finish(peak, total, sums, V_PARTS: tl.constexpr):
 
 
 @triton.jit
+def finish_seen(peak, total, sums, sight, V_PARTS: tl.constexpr):
+    """(output [M, V], natural-log lse [M]) of rows that see, by `sight` [M], nothing (0): (0, -inf) whatever was
+    computed; something that is not finite (2): NaN; what is finite (1): as computed, NaN where the query is NaN."""
+    sound = (sight == 1) & (total > 0.0)
+    lse = tl.where(sight == 0, float("-inf"), float("nan"))
+    lse = tl.where(sound, (peak + tl.log2(total)) * LN2, lse)
+    factor = tl.where(sound, 1.0 / total, float("nan"))
+    return where(sight == 0, 0.0, scaled(sums, factor[:, None], V_PARTS), V_PARTS), lse
+
+
+@triton.jit
 def load_statistics(
     output, do, lse, d_lse, delta, base, offset, inside,
     V: tl.constexpr, V_PARTS: tl.constexpr, HAS_D_LSE: tl.constexpr,
@@ -67,3 +78,10 @@ def load_statistics(
     row_delta = tl.where(row_lse == float("-inf"), 0.0, row_dot(do, o, V_PARTS) - row_d_lse)
     tl.store(delta + base + offset, row_delta, mask=inside)
     return row_lse * LOG2E, row_delta
+
+
+@triton.jit
+def finish_gradient(dq, row_lse, PARTS: tl.constexpr):
+    """dq [M, K]: 0 in rows that see nothing, lse -inf, and NaN where the lse is NaN, whatever was computed."""
+    dq = where(row_lse != row_lse, float("nan"), dq, PARTS)
+    return where(row_lse == float("-inf"), 0.0, dq, PARTS)

@@ -81,6 +81,15 @@ def added(a, b, PARTS: tl.constexpr):
 
 
 @triton.jit
+def where(rows, number, tiles, PARTS: tl.constexpr):
+    """The tiles with `number` for all elements of the rows [M] that are true."""
+    results = ()
+    for i in tl.static_range(len(PARTS)):
+        results = results + (tl.where(rows[:, None], number, tiles[i]),)
+    return results
+
+
+@triton.jit
 def row_dot(a, b, PARTS: tl.constexpr):
     """float32 rowsum(a * b) [M] of tiles [M, PARTS[i]]."""
     total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)

@@ -108,16 +108,16 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-WALK_SORTS = 2048  # entries up to which kernels/walk.py sorts: beyond, its code is too long to compile
+WALK_SORTS = 2048  # entries up to which kernels/block_lists.py sorts: beyond, its code is too long to compile
 
 
 def walk_units(entries: int) -> int:
-    """Tiles of tokens that one program of kernels/walk.py does, each with that many entries."""
+    """Tiles of tokens that one program of kernels/block_lists.py does, each with that many entries."""
     return max(1, 512 // entries)
 
 
 def walk_warps(entries: int) -> int:
-    """Warps of a program of kernels/walk.py: up to 8 entries a thread, where so many threads can be."""
+    """Warps of a program of kernels/block_lists.py: up to 8 entries a thread, where so many threads can be."""
     return max(4, min(16, entries // 256))
 
 
@@ -184,7 +184,7 @@ _HOPPER_STAGES = 12
 def selected_hopper(
     capability: int, widths: Sequence[int], itemsize: int, group: int, block_size: int
 ) -> HopperTile | None:
-    """Tile of kernels/selected_hopper.py; None where it is not for this architecture or shape.
+    """Tile of kernels/sm90/selected.py; None where it is not for this architecture or shape.
 
     Args:
         capability: of the architecture.
@@ -201,7 +201,7 @@ def selected_hopper(
     return HopperTile(_HOPPER_ROWS // group, keys, min(_HOPPER_STAGES, room // (itemsize * keys * sum(widths))))
 
 
-HOPPER_KEYS = 64  # of a program of kernels/hopper_keys.py, two of which share a multiprocessor
+HOPPER_KEYS = 64  # of a program of kernels/sm90/key_pass.py, two of which share a multiprocessor
 HOPPER_KEYS_REGISTERS = 128  # of a thread, so that they do
 _HOPPER_KEYS_ROWS = 64  # of a slot of its ring
 _HOPPER_KEYS_STATISTICS = 12  # bytes beside a row
@@ -209,30 +209,30 @@ _HOPPER_KEYS_STAGES = 4
 
 
 def hopper_keys_stages(key_width: int, value_width: int) -> int:
-    """Slots of the ring of kernels/hopper_keys.py, for elements of two bytes."""
+    """Slots of the ring of kernels/sm90/key_pass.py, for elements of two bytes."""
     row = 2 * (key_width + value_width)
     room = 1024 * (SHARED_MEMORY[90] // 2) - _HOPPER_BARRIERS - HOPPER_KEYS * row
     return min(_HOPPER_KEYS_STAGES, room // (_HOPPER_KEYS_ROWS * (row + _HOPPER_KEYS_STATISTICS)))
 
 
-INTERVAL_HOPPER_ROWS = 192  # of a unit of kernels/interval_hopper.py
+INTERVAL_HOPPER_ROWS = 192  # of a unit of kernels/sm90/interval.py
 INTERVAL_HOPPER_KEYS = 512  # seen by a query at most: where it is fewer, beginning and ending a unit costs too much
 
 
 def interval_hopper(capability: int, widths: Sequence[int], itemsize: int, group: int) -> bool:
-    """Whether kernels/interval_hopper.py is for this architecture and shape; arguments as in `selected_hopper`."""
+    """Whether kernels/sm90/interval.py is for this architecture and shape; arguments as in `selected_hopper`."""
     fits = all(width in (64, 128) for width in widths) and group in (1, 2, 4, 8, 16, 32, 64, 128)
     return capability == 90 and itemsize == 2 and fits
 
 
 def interval_hopper_stages(key_width: int, value_width: int) -> int:
-    """Slots of the ring of kernels/interval_hopper.py, beside the queries of two units, for elements of two bytes."""
+    """Slots of the ring of kernels/sm90/interval.py, beside the queries of two units, for elements of two bytes."""
     room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - 2 * 2 * INTERVAL_HOPPER_ROWS * key_width
     return min(_HOPPER_STAGES, room // (2 * HOPPER_KEYS * (key_width + value_width)))
 
 
 def interval_hopper_shares(programs: int, rows: int, reach: int) -> int:
-    """Into how many shares the rows of kernels/interval_hopper_keys.py are cut, so that few key tiles fill the GPU.
+    """Into how many shares the rows of kernels/sm90/interval_keys.py are cut, so that few key tiles fill the GPU.
 
     Args:
         programs: key tiles of all heads and rows of the batch.

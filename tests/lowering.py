@@ -197,7 +197,7 @@ def compiled(folder: pathlib.Path) -> list[dict]:
                 "shared": int(shared),
                 "target": target[1],
                 "error": done.stderr if done.returncode else "",
-                # a scalar of kernels/selected_hopper.py that differs by warp
+                # a scalar of kernels/sm90/selected.py that differs by warp
                 "warps_part": "%tid.x; shr.u32" in code,
                 # tensor maps that assembly names, and those that are no parameters of the kernel
                 "maps": sorted(maps),

@@ -86,6 +86,7 @@ def test_kernels_and_architectures_are_told_apart(folder, other):
 
 
 @pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/hopper_pairs.py", "jax_triton_gluon.py"])
+@pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/sm90/pairs.py", "gluon.py"])
 def test_changed_source(folder, monkeypatch, changed):
     Process()("a")
     copied = shutil.copytree(kernel_cache.kernels.__path__[0], folder / "kernels")

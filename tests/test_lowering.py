@@ -47,7 +47,7 @@ def test_forward_and_backward_compile(capability, names):
         assert kernel["target"].removesuffix("a") == f"sm_{capability}"
         assert kernel["shared"] <= 1024 * SHARED_MEMORY[capability], kernel
         assert not kernel["serialised"], kernel  # its asynchronous products are that
-    # the warps of kernels/selected_hopper.py part once the ring is set up
+    # the warps of kernels/sm90/selected.py part once the ring is set up
     parting = [kernel for kernel in facts["compiled"] if kernel["warps_part"]]
     assert {kernel["name"] for kernel in parting} == (
         {"forward", "backward_query"} if capability == 90 and names == ["native_sparse_attention"] else set()
@@ -58,7 +58,7 @@ def test_forward_and_backward_compile(capability, names):
         assert kernel["cluster"] == (2 if kernel["warps_part"] else 1), kernel
         maps = [f"{kernel['name']}_param_{i}" for i in (1, 8)] if kernel["warps_part"] else []
         assert kernel["maps"] == maps and not kernel["unknown_maps"], kernel
-    # those of kernels/selection_hopper.py while they put candidates into their lists
+    # those of kernels/sm90/select_blocks.py while they put candidates into their lists
     lists = [kernel["rounds"] for kernel in facts["compiled"] if kernel["name"] == "select" and kernel["gluon"]]
     assert bool(lists) == (capability == 90 and names != ["native_sparse_attention, short window"])
     assert all(rounds and not any(rounds) for rounds in lists)

@@ -1,6 +1,7 @@
 """Selection: the Triton kernel against plain jnp, forced blocks, ties, packing and transformations."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from cases import assert_same_bits, float32_of, normal, packing, qkv, row, spans
 
-from nsa_jax import compressed_attention, select_blocks
+from nsa_jax import compressed_attention, launch, segments, select_blocks, selection_hopper, tiling
 
 # packed, T, G, H, K, block_size, window, stride, S
 CASES = [
@@ -52,6 +53,118 @@ def assert_well_formed(indices):
     assert (indices[~listed] == -1).all()
 
 
+class Queries(NamedTuple):
+    """Queries and what the kernels are told of each: [B, T, N, K], [B, T, N], [B, T, H], else [B, T]."""
+
+    query: jax.Array
+    lse: jax.Array
+    count: jax.Array
+    segment_start: jax.Array
+    own_block: jax.Array
+    key_begin: jax.Array
+    key_end: jax.Array
+
+    def take(self, order):
+        """The queries of these numbers, all rows' alike."""
+        return Queries(*(x[:, order] for x in self))
+
+
+def queries_of(query, lse, count, H, block_size, window, stride, segment_ids=None):
+    """One `Queries` for every token of the rows; count: blocks to take, an int or [B, T, H]."""
+    tokens = segments.layout(segment_ids, *query.shape[:2])
+    seen = segments.window_intervals(tokens, window, stride)
+    count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (*query.shape[:2], H))
+    count = jnp.where(tokens.valid[..., None], count, 0)
+    return Queries(query, lse, count, tokens.start, tokens.position // block_size, seen.key_begin, seen.key_end)
+
+
+def choose(queries, key, *, S, block_size, window, stride, num_init=1, num_local=2):
+    """block_indices [B, T, H, S] from the kernel itself, which is told what `queries` say: they may be any."""
+    from nsa_jax.kernels import select_blocks as kernels
+
+    query, *arrays = queries
+    (B, T, N, K), (_, C, H, _) = query.shape, key.shape
+    share = block_size // stride
+    constants = {
+        "S": S, "SCALE": K**-0.5, "BLOCK_STRIDES": share, "WINDOW_STRIDES": window // stride, "INIT": num_init,
+        "LOCAL": num_local,
+    }  # fmt: skip
+    if selection_hopper.fits(query, key, S, share):
+        return np.asarray(selection_hopper.select(query, key, *arrays, flops=1, **constants))
+    parts, capability = tiling.parts(K), launch.capability_of(kernels.select)
+    tile = tiling.selection(capability, sum(parts), query.dtype.itemsize, N // H, S, share)
+    tiles = -(-T // tile.tokens)
+    (block_indices,) = launch.launch(
+        kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays,
+        outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),), programs=H * tiles * B, warps=tile.warps,
+        stages=tile.stages, flops=1, T=T, C=C, H=H, G=N // H, K=K, TOKENS=tile.tokens, HEADS=tile.heads,
+        KEYS=tile.keys, PARTS=tile.parts, LIST=tile.entries, TILES=tiles, K_PARTS=parts,
+        PRECISION=launch.dot_precision(), **constants,
+    )  # fmt: skip
+    return np.asarray(block_indices)
+
+
+def assert_same_in_any_order(queries, key, order, **options):
+    """The queries of these numbers by themselves, in this order, get what they get among all."""
+    whole = choose(queries, key, **options)
+    assert_well_formed(whole)
+    np.testing.assert_array_equal(choose(queries.take(order), key, **options), whole[:, order])
+
+
+def orders(T):
+    """Slices, shuffles and repeats of T queries."""
+    random = np.random.default_rng(T)
+    everything = np.arange(T)
+    return {
+        "the last": everything[-1:],
+        "a slice": everything[T // 2 : T // 2 + T // 7],
+        "a late slice": everything[-T // 5 :],
+        "backwards": everything[::-1],
+        "shuffled": random.permutation(T),
+        "some, shuffled": random.permutation(T)[: T // 4],
+        "repeats": random.integers(0, T, T + 5),
+        "one place": np.full(9, T - 2),
+        "the first": np.zeros(40, int),  # where it is padding, there is nothing else
+    }
+
+
+def poison(queries, numbers):
+    """The `Queries` with what is not finite at these numbers, by turns: one head's query or all, the lse."""
+    group = queries.query.shape[2] // queries.count.shape[2]
+    query, lse = np.array(queries.query, np.float32), np.array(queries.lse)
+    for i, number in enumerate(numbers):
+        match i % 5:
+            case 0:
+                query[:, number] = np.nan
+            case 1:
+                query[:, number, -1, 3] = -np.nan
+            case 2:
+                query[:, number, 0] = np.inf
+            case 3:
+                lse[:, number, ::group] = np.nan
+            case 4:
+                lse[:, number] = -np.inf
+    return queries._replace(query=jnp.asarray(query).astype(queries.query.dtype), lse=jnp.asarray(lse))
+
+
+def assert_what_is_not_finite_stays_in_its_list(queries, key, numbers, **options):
+    """numbers: of the queries to poison. Lists of others do not change, theirs are well-formed and the same twice."""
+    clean = choose(queries, key, **options)
+    poisoned = choose(poison(queries, numbers), key, **options)
+    others = np.setdiff1d(np.arange(clean.shape[1]), numbers)
+    np.testing.assert_array_equal(poisoned[:, others], clean[:, others])
+    np.testing.assert_array_equal(choose(poison(queries, numbers), key, **options), poisoned)
+    assert_well_formed(poisoned)
+    np.testing.assert_array_equal((poisoned >= 0).sum(-1), (clean >= 0).sum(-1))
+    for b, i, h in np.ndindex(clean.shape[0], len(numbers), clean.shape[2]):
+        own = int(queries.own_block[b, numbers[i]])
+        listed = [j for j in poisoned[b, numbers[i], h] if j >= 0]
+        best = forced(own, options.get("num_init", 1), options.get("num_local", 2))
+        assert max(listed, default=0) <= own and set(best[: len(listed)]) <= set(listed)
+        best += [j for j in range(own + 1) if j not in best]  # importances that are no numbers are equal
+        assert i % 5 in (1, 2) or listed == sorted(best[: len(listed)])
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case):
     packed, T, G, H, K, block_size, window, stride, S = case
@@ -77,6 +190,30 @@ def test_several_chunks_and_long_lists():
     actual, expected = (np.asarray(select(name, **options)(*inputs)) for name in ("triton", "xla"))
     np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal((actual >= 0).sum(-1), counts)
+
+
+MIXED = ((-1, 3), (0, 90), (1, 21), (-1, 5), (0, 120), (-1, 11))  # segments and padding of a row of 250
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Queries, keys and options of two rows: short segments and padding, and a segment that begins late."""
+    segment_ids = jnp.asarray([row(250, *MIXED), row(250, (0, 20), (1, 230))])
+    query, key, lse = arrays(11, 2, 250, 2, 1, 16, 16, 8, segment_ids)
+    options = {"block_size": 16, "window": 16, "stride": 8}
+    return queries_of(query, lse, 4, 1, segment_ids=segment_ids, **options), key, options | {"S": 4}
+
+
+@pytest.mark.parametrize("name", orders(250))
+def test_queries_may_be_any(mixed, name):
+    queries, key, options = mixed
+    assert_same_in_any_order(queries, key, orders(250)[name], **options)
+
+
+def test_what_is_not_finite_stays_in_its_list(mixed):
+    queries, key, options = mixed
+    queries = queries.take(np.random.default_rng(1).permutation(250)[:120])
+    assert_what_is_not_finite_stays_in_its_list(queries, key, np.arange(0, 120, 7), **options)
 
 
 @pytest.mark.parametrize("num_init, num_local", [(0, 1), (1, 3), (2, 2), (3, 1)])

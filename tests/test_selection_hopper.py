@@ -11,9 +11,12 @@ from test_selection import (
     arrays,
     assert_nan_stays_where_it_is,
     assert_packed_equals_alone,
+    assert_same_in_any_order,
     assert_ties_go_to_the_smaller_index,
     assert_well_formed,
-    forced,
+    assert_what_is_not_finite_stays_in_its_list,
+    orders,
+    queries_of,
     select,
 )
 
@@ -100,17 +103,43 @@ def test_ties_go_to_the_smaller_index(hopper, stride):
     assert_ties_go_to_the_smaller_index(select("triton", **options)(query, key, lse + 1e4), block_size, S)
 
 
+# G, H, K, block_size, window, stride, count, S, (num_init_blocks, num_local_blocks)
+ANY_ORDER = [
+    (8, 1, 64, 16, 16, 4, 5, 5, (0, 1)),
+    (16, 2, 128, 16, 16, 16, 4, 16, (1, 2)),
+    (64, 1, 64, 32, 32, 16, 4, 4, (1, 2)),
+]
+
+
+def mixed(case):
+    """Queries, keys and options of two rows: segments and padding, and a segment that begins late."""
+    G, H, K, block_size, window, stride, count, S, (num_init, num_local) = case
+    mixture = row(700, (-1, 3), (0, 333), (1, 1), (-1, 5), (0, 270), (-1, 88))
+    segment_ids = jnp.asarray([mixture, row(700, (0, 20), (1, 680))])
+    query, key, lse = arrays(11, 2, 700, G * H, H, K, window, stride, segment_ids, "bfloat16")
+    assert selection_hopper.fits(query, key, S, block_size // stride)
+    queries = queries_of(query, lse, count, H, block_size, window, stride, segment_ids)
+    options = {"S": S, "num_init": num_init, "num_local": num_local}
+    return queries, key, options | {"block_size": block_size, "window": window, "stride": stride}
+
+
 @pytest.mark.gpu
-def test_a_query_that_is_not_a_number_keeps_its_forced_blocks(hopper):
-    T, block_size, S, t = 700, 16, 4, 650
-    query, key, lse = arrays(8, 1, T, 16, 1, 64, block_size, block_size, dtype="bfloat16")
-    run = select("triton", block_counts=jnp.full((1, T, 1), S), max_block_count=16, block_size=block_size)
-    actual = np.asarray(run(query.at[:, t].set(jnp.nan), key, lse))
-    assert_well_formed(actual)
-    listed = set(actual[0, t, 0]) - {-1}
-    assert len(listed) == S and set(forced(t // block_size, 1, 2)) <= listed
-    others = np.arange(T) != t
-    np.testing.assert_array_equal(actual[:, others], np.asarray(run(query, key, lse))[:, others])
+@pytest.mark.parametrize("case", ANY_ORDER, ids=str)
+@pytest.mark.parametrize("name", orders(700))
+def test_queries_may_be_any(hopper, name, case):
+    queries, key, options = mixed(case)
+    assert_same_in_any_order(queries, key, orders(700)[name], **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ANY_ORDER, ids=str)
+@pytest.mark.parametrize("in_order", [True, False])
+def test_what_is_not_finite_stays_in_its_list(hopper, in_order, case):
+    queries, key, options = mixed(case)
+    if not in_order:
+        queries = queries.take(np.random.default_rng(1).permutation(700)[:500])
+    numbers = np.arange(0, queries.query.shape[1], 7)
+    assert_what_is_not_finite_stays_in_its_list(queries, key, numbers, **options)
 
 
 @pytest.mark.gpu
@@ -149,7 +178,7 @@ def test_where_it_is_used():
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("group", [8, 16, 32, 64])
 def test_ring_fits(width, group):
-    from nsa_jax.kernels import selection_hopper as kernels
+    from nsa_jax.kernels.sm90 import select_blocks as kernels
 
     rows, windows = kernels.UNIT.value, kernels.WINDOWS.value
     stages = tiling.selection_hopper_stages(width, group)

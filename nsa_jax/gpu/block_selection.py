@@ -46,8 +46,8 @@ def select(
             flops=flops,
             S=S,
             SCALE=scale,
-            SHARE=block_size // stride,
-            REACH=window // stride,
+            BLOCK_STRIDES=block_size // stride,
+            WINDOW_STRIDES=window // stride,
             INIT=min(num_init_blocks, num_blocks),
             LOCAL=min(num_local_blocks, num_blocks),
         )

@@ -24,17 +24,17 @@ class Choice(NamedTuple):
         row: where the queries stand.
         selected: int32 [B, Tq, H, S], the row index of the first key of each selected block, NOWHERE where none; any
             order, repeats allowed.
-        touched: int32 [B, Tq, X], likewise the blocks that the query's sliding window touches; X is 0 without one.
+        touched: int32 [B, Tq, X], likewise the blocks that the query's sliding window touches; None without one.
     """
 
     row: Row
     selected: Array
-    touched: Array
+    touched: Array | None
 
     @property
     def wanted(self) -> int:
         """The most blocks a query wants."""
-        return self.selected.shape[3] + self.touched.shape[2]
+        return self.selected.shape[3] + (0 if self.touched is None else self.touched.shape[2])
 
     def in_order(self) -> "Choice":
         """The Choice of the queries in the order of their places."""
@@ -42,11 +42,11 @@ class Choice(NamedTuple):
         order, standing = queries.order, queries.standing
         by_place = jax.tree.map(queries.in_order, queries._replace(order=None, standing=None))
         row = dataclasses.replace(self.row, queries=by_place._replace(order=order, standing=standing))
-        return Choice(row, queries.in_order(self.selected), queries.in_order(self.touched))
+        return Choice(row, *jax.tree.map(queries.in_order, (self.selected, self.touched)))
 
 
 class Walks(NamedTuple):
-    """The blocks that tiles of tokens walk, see kernels/walk.py.
+    """The blocks that tiles of tokens walk, see kernels/block_lists.py.
 
     Attributes:
         begins: int32 [B, H, tiles, tokens * (S + X)], first keys, ascending, without repeats, NOWHERE after the last.
@@ -62,7 +62,7 @@ class Walks(NamedTuple):
 
 
 class PairedWalks(NamedTuple):
-    """What pairs of tiles of tokens walk at the same time, step by step, see kernels/walk.py.
+    """What pairs of tiles of tokens walk at the same time, step by step, see kernels/block_lists.py.
 
     What is behind the steps is not written.
 
@@ -98,12 +98,16 @@ def choose(row: Row, block_indices: Array, block_counts: Array | None, block_siz
         keep &= jax.lax.broadcasted_iota(jnp.int32, block_indices.shape, 3) < counts[..., None]
     selected = queries.start[:, :, None, None] + jnp.where(keep, block_indices, 0) * block_size
 
+    selected = jnp.where(keep, selected, NOWHERE)
+    if not window_size:
+        return Choice(row, selected, None)
+
     back = jnp.arange(_blocks_touched(window_size, block_size), dtype=jnp.int32)
     near = own[..., None] - back[None, None, :]
     earliest = jnp.maximum(queries.position - (window_size - 1), 0) // block_size
     reached = (near >= earliest[..., None]) & queries.valid[..., None]
     touched = queries.start[..., None] + near * block_size
-    return Choice(row, jnp.where(keep, selected, NOWHERE), jnp.where(reached, touched, NOWHERE))
+    return Choice(row, selected, jnp.where(reached, touched, NOWHERE))
 
 
 def seen_of(choice: Choice, unclean: Array, block_size: int) -> Array:
@@ -116,30 +120,34 @@ def seen_of(choice: Choice, unclean: Array, block_size: int) -> Array:
 
 def _blocks_touched(window_size: int, block_size: int) -> int:
     """The most blocks that a window touches."""
-    return 1 + (window_size + block_size - 2) // block_size if window_size else 0
+    return 1 + (window_size + block_size - 2) // block_size
 
 
 def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) -> Walks:
     """The Walks of tiles of `tokens` tokens, at most 16; the other arguments as in `choose`."""
-    from nsa_jax.kernels import walk as kernels
+    from nsa_jax.kernels import block_lists as kernels
 
     B, T, H, chosen = choice.selected.shape
-    touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
-    first_keys = jnp.concatenate([choice.selected, touched], axis=3)
+    first_keys = choice.selected
+    if choice.touched is not None:
+        touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
+        first_keys = jnp.concatenate([choice.selected, touched], axis=3)
     constants = {"CHOSEN": chosen, "BLOCK": block_size, "WINDOW": window_size}
     return Walks(*_launch(kernels.walk, first_keys, choice, tokens, (), constants))
 
 
 def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
     """The PairedWalks of tiles of `tokens` tokens, at most 16, of a choice without a window."""
-    from nsa_jax.kernels import walk as kernels
+    from nsa_jax.kernels import block_lists as kernels
 
-    constants = {"CHOSEN": choice.selected.shape[3], "BLOCK": block_size}
+    constants = {"CHOSEN": choice.selected.shape[3], "BLOCK": block_size, "WINDOW": 0}
     return PairedWalks(*_launch(kernels.walk_in_pairs, choice.selected, choice, 2 * tokens, (2,), constants))
 
 
 def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]:
-    """Runs a kernel of kernels/walk.py; parts: axes into which the entries of `tokens` tokens are cut."""
+    """Runs a kernel of kernels/block_lists.py; parts: axes into which the entries of `tokens` tokens are cut."""
+    from nsa_jax.kernels.block_lists import WalkShape
+
     length = choice.row.length
 
     def run(first_keys, place):
@@ -157,8 +165,9 @@ def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]
             kernel, first_keys, place, name="selected_walk",
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
             programs=-(-tiles // units) * H * B, warps=tiling.walk_warps(entries), stages=1, flops=0,
-            T=T, H=H, S=S, TOKENS=tokens, UNITS=units, TILES=tiles, TOKENS_SIDE=sides[0], S_SIDE=sides[1],
-            ROUNDS=entries.bit_length() - 1, WIDE=wide, SORTED=is_sorted, **constants,
+            SHAPE=WalkShape(
+                T=T, H=H, S=S, TOKENS=tokens, PER_PROGRAM=units, WIDE=wide, SORTED=is_sorted, **constants
+            ),
         )  # fmt: skip
 
     return transforms.fold_vmap(run)(first_keys, choice.row.queries.place)

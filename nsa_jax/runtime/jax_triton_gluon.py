@@ -46,7 +46,7 @@ def warps(ptx: str, partition: int) -> int:
 
 
 def programs_of_cluster(ptx: str) -> int:
-    """How many programs run as one cluster: two where they wait for each other (kernels/hopper_pairs.py)."""
+    """How many programs run as one cluster: two where they wait for each other (kernels/sm90/pairs.py)."""
     return 2 if "barrier.cluster" in ptx else 1
 
 

@@ -54,7 +54,7 @@ def _key(kernel, spec, gpu_target, options) -> str:
 @functools.cache
 def _sources() -> str:
     """A digest of the sources of all kernels, and of how those in Gluon are compiled."""
-    files = sorted(path for folder in kernels.__path__ for path in pathlib.Path(folder).glob("*.py"))
+    files = sorted(path for folder in kernels.__path__ for path in pathlib.Path(folder).rglob("*.py"))
     files.append(pathlib.Path(jax_triton_gluon.__file__))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 

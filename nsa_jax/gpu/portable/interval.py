@@ -17,10 +17,6 @@ def supports(query: Array, value: Array, scale: float) -> bool:
     return True
 
 
-def sight_of(kernel, sight):  # TEMPORARY until the kernels take it
-    return (sight,) if "sight" in kernel.arg_names else ()
-
-
 def _shape(query: Array, key: Array, value: Array, spec: Spec) -> dict:
     (_, T, N, K), (_, C, H, V) = query.shape, value.shape
     return {
@@ -56,9 +52,8 @@ def forward(
             ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, **shape,
         )  # fmt: skip
 
-    output, lse = transforms.fold_vmap(run)(
-        query, key, value, seen.intervals.key_begin, seen.intervals.key_end, *sight_of(kernels.forward, seen.sight)
-    )
+    intervals = seen.intervals
+    output, lse = transforms.fold_vmap(run)(query, key, value, intervals.key_begin, intervals.key_end, seen.sight)
     return output, lse, None
 
 
@@ -102,6 +97,7 @@ def backward_key_value(
     from nsa_jax.kernels import interval as kernels
 
     shape = _shape(query, key, value, spec)
+    ahead = tiling.selected_ahead(device.capability_of(kernels.backward_key_value))
     tile = _pick(tiling.interval_backward_key_value, kernels.backward_key_value, shape, query.dtype)
 
     def run(query, key, value, d_output, *arrays):
@@ -118,7 +114,7 @@ def backward_key_value(
             outputs=tuple(jax.ShapeDtypeStruct((splits, B, C, H, width), kind) for width in (K, V)),
             programs=tiles * splits * H * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * N * spec.pairs(T, C) * (2 * K + 2 * V),
-            B=B, ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, SPLITS=splits, **shape,
+            B=B, ROWS=tile.rows, KEYS=tile.keys, TILES=tiles, SPLITS=splits, AHEAD=ahead, **shape,
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 

@@ -19,24 +19,17 @@ def supports(query: Array, value: Array, scale: float, block_size: int, window_s
     return True
 
 
-def sight_of(kernel, *arrays):  # TEMPORARY until the kernels take it
-    return arrays if "sight" in kernel.arg_names else ()
-
-
-def near_of(kernel, blocks):  # TEMPORARY until the kernels take it
-    return (blocks.near,) if "block_near" in kernel.arg_names else ()
-
-
-def _constants(query: Array, value: Array, spec: Spec) -> dict:
+def _shape(query: Array, value: Array, spec: Spec) -> dict:
+    """The fields that the shapes of all kernels of the selected branch have, but for the sizes of tiles."""
     (_, T, N, K), (_, C, H, V) = query.shape, value.shape
     return {
         "T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "SCALE": spec.scale, "WINDOW": spec.window_size,
-        "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V), "PRECISION": spec.precision,
+        "BLOCK": spec.block_size, "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V), "PRECISION": spec.precision,
     }  # fmt: skip
 
 
-def _columns(constants: dict) -> int:
-    return sum(constants["K_PARTS"]) + sum(constants["V_PARTS"])
+def _columns(shape: dict) -> int:
+    return sum(shape["K_PARTS"]) + sum(shape["V_PARTS"])
 
 
 def walk(choice: Choice, query: Array, value: Array, spec: Spec) -> Walks:
@@ -60,10 +53,12 @@ def _walk(name, kernel, pick, arrays, outputs, products: int, routes: Routes, sp
         last: arrays that it takes after the walks.
         **constants: that the kernel has beside those of all.
     """
+    from nsa_jax.kernels.selected_shape import QueryShape
+
     query, _, value = arrays[:3]
-    constants |= _constants(query, value, spec)
-    S, G, capability = routes.choice.wanted, constants["G"], device.capability_of(kernel)
-    tile = pick(capability, _columns(constants), query.dtype.itemsize, G, spec.block_size)
+    shape = _shape(query, value, spec)
+    S, G, capability = routes.choice.wanted, shape["G"], device.capability_of(kernel)
+    tile = pick(capability, _columns(shape), query.dtype.itemsize, G, spec.block_size)
     tokens = tiling.selected_tokens(G)
 
     def run(query, key, value, *arrays):
@@ -72,10 +67,13 @@ def _walk(name, kernel, pick, arrays, outputs, products: int, routes: Routes, sp
         return launch.launch(
             kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays, name=name,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
-            programs=tiles * constants["H"] * B, warps=tile.warps, stages=tile.stages,
+            programs=tiles * shape["H"] * B, warps=tile.warps, stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * products,
-            S=S, TOKENS=tokens, ROWS=tile.rows, KEYS=tile.keys, SHARES=spec.block_size // tile.keys,
-            AHEAD=tiling.selected_ahead(capability), TILES=tiles, **constants,
+            SHAPE=QueryShape(
+                **shape, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens, ENTRIES=tokens * S,
+                AHEAD=tiling.selected_ahead(capability),
+            ),
+            **constants,
         )  # fmt: skip
 
     return transforms.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *routes.walks, *last)
@@ -90,7 +88,7 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
     outputs = (*branch, *(branch if spec.window_size else placeholder))
     arrays = (query, key, value)
-    sights = sight_of(kernels.forward, routes.sight, routes.sliding_sight)
+    sights = routes.sight, routes.sliding_sight
     output, lse, *sliding = _walk(
         "selected_forward", kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec, sights
     )
@@ -125,21 +123,25 @@ def backward_key_value(
     query: Array, key: Array, value: Array, d_output: Array, rows: list[Statistics], choice: Choice, spec: Spec
 ) -> tuple[Array, Array]:
     """As `gpu.selected.backward_key_value`, of queries in the order of their places."""
-    from nsa_jax.kernels import selected as kernels
+    from nsa_jax.kernels import selected_keys as kernels
+    from nsa_jax.kernels.selected_shape import KeyShape
 
-    constants = _constants(query, value, spec)
+    shape = _shape(query, value, spec)
     capability = device.capability_of(kernels.backward_key_value)
-    tile = tiling.selected_backward_key_value(capability, _columns(constants), key.dtype.itemsize, spec.block_size)
+    tile = tiling.selected_backward_key_value(capability, _columns(shape), key.dtype.itemsize, spec.block_size)
 
     def run(query, key, value, statistics, place, items, blocks, outputs, programs, flops):
         (B, _, _, _), H = query.shape, value.shape[2]
         return launch.launch(
             kernels.backward_key_value, query, key, value, *statistics, place, *items.of_kernels(), blocks.begin,
-            blocks.end, *near_of(kernels.backward_key_value, blocks), outputs=outputs,
-            name="selected_backward_key_value", programs=spec.block_size // tile.keys * programs * H * B,
-            warps=tile.warps, stages=tile.stages, flops=flops,
-            BLOCK=spec.block_size, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1],
-            ITEMS=items.block.shape[2], MORE=outputs[2].shape[2], PROGRAMS=programs, **constants,
+            blocks.end, blocks.near,
+            name="selected_backward_key_value", outputs=outputs,
+            programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps, stages=tile.stages,
+            flops=flops,
+            SHAPE=KeyShape(
+                **shape, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1], ITEMS=items.block.shape[2],
+                MORE=outputs[2].shape[2], PROGRAMS=programs,
+            ),
         )  # fmt: skip
 
     return by_items(run, capability, query, key, value, d_output, [rows[0], rows[-1]], choice, spec)
@@ -198,7 +200,7 @@ def by_items(
 
 def _combine(first: Array, rest: Array, items: Items, blocks: Blocks, dtype) -> Array:
     """first [B, C, H, D] plus the further items of each block, in rest [B, H, MORE, block_size, D], as `dtype`."""
-    from nsa_jax.kernels import selected as kernels
+    from nsa_jax.kernels import selected_keys as kernels
 
     B, C, H, D = first.shape
     more, block_size = rest.shape[2:4]

@@ -1,4 +1,4 @@
-"""Launch of kernels/selection_hopper.py: selection on Hopper."""
+"""Launch of kernels/sm90/select_blocks.py: selection on Hopper."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ Array = jax.Array
 
 def supports(query: Array, key: Array, count: int, windows_per_block: int) -> bool:
     """Whether this kernel does what is asked, on the device that is used."""
-    from nsa_jax.kernels import selection
+    from nsa_jax.kernels import select_blocks
 
     (_, _, N, K), H = query.shape, key.shape[2]
-    capability = device.capability_of(selection.select)  # 0 in Triton's interpreter, which does not know Gluon
+    capability = device.capability_of(select_blocks.select)  # 0 in Triton's interpreter, which does not know Gluon
     return tiling.selection_hopper(capability, K, query.dtype.itemsize, N // H, count, windows_per_block)
 
 
-def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: int, **constants) -> Array:
+def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, **constants) -> Array:
     """block_indices int32 [B, Tq, H, S]; arrays and constants are those of the kernel."""
-    from nsa_jax.kernels import selection_hopper as kernels
+    from nsa_jax.kernels.sm90 import select_blocks as kernels
 
     (B, T, N, K), H = query.shape, key.shape[2]
     G = N // H
@@ -31,7 +31,7 @@ def select(query: Array, key: Array, *arrays: Array, flops: int, S: int, SHARE: 
         kernels.select, queries, launch.key_pieces(key), *arrays, name="select_blocks",
         outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),),
         programs=programs if S else 0, warps=4, stages=1, flops=flops,
-        T=T, H=H, G=G, K=K, B=B, S=S, SHARE=SHARE, LIST=tiling.selection_entries(S), TILES=tiles, PROGRAMS=programs,
+        T=T, H=H, G=G, K=K, B=B, S=S, LIST=tiling.selection_entries(S), TILES=tiles, PROGRAMS=programs,
         STAGES=tiling.selection_hopper_stages(K, G), **constants,
     )  # fmt: skip
     return block_indices

@@ -1,4 +1,4 @@
-"""Launches of kernels/interval_hopper.py and interval_hopper_keys.py: the compressed and the sliding branch on Hopper.
+"""Launches of kernels/sm90/interval.py and interval_keys.py: the compressed and the sliding branch on Hopper.
 
 The pass of the queries is the portable one: ptxas makes wrong code of one that keeps operands in registers.
 """
@@ -39,7 +39,7 @@ def forward(
     """As `gpu.interval.forward`; no output where only the sum is wanted."""
     if spec.most_seen < tiling.INTERVAL_HOPPER_KEYS:
         return portable.forward(query, key, value, seen, spec)
-    from nsa_jax.kernels import interval_hopper as kernels
+    from nsa_jax.kernels.sm90 import interval as kernels
 
     if addends is not None and value.shape[3] > query.shape[3]:
         addends = None  # the kernel puts its own output where the queries were
@@ -55,7 +55,7 @@ def forward(
         placeholder = jax.ShapeDtypeStruct((B, 1, 1, 1), query.dtype)
         return launch.launch(
             kernels.forward, launch.row_pieces(query, shape["G"]), launch.key_pieces(key), launch.key_pieces(value),
-            key_begin, key_end, *portable.sight_of(kernels.forward, sight), *summed, *[key_begin] * (5 - len(summed)),
+            key_begin, key_end, sight, *summed, *[key_begin] * (5 - len(summed)),
             name=f"{spec.branch}_forward",
             outputs=(
                 whole if keep else placeholder,
@@ -78,22 +78,22 @@ def backward_key_value(
     query: Array, key: Array, value: Array, d_output: Array, rows: Statistics, intervals: Intervals, spec: Spec
 ) -> tuple[Array, Array]:
     """(d_key [B, C, H, K], d_value [B, C, H, V]) of queries in the order of their places."""
-    from nsa_jax.kernels import interval_hopper_keys as kernels
+    from nsa_jax.kernels.sm90 import interval_keys as kernels
 
     def run(query, key, value, d_output, *arrays):
         (B, T, N, K), (_, C, H, V) = query.shape, value.shape
         shape = _shape(query, value, spec.scale)
         tiles = -(-C // tiling.HOPPER_KEYS)
-        shares = tiling.interval_hopper_shares(tiles * H * B, T * shape["G"], spec.reach)
-        kind = key.dtype if shares == 1 else jnp.float32
+        splits = tiling.interval_hopper_shares(tiles * H * B, T * shape["G"], spec.reach)
+        kind = key.dtype if splits == 1 else jnp.float32
         d_key, d_value = launch.launch(
             kernels.backward_key_value, launch.row_pieces(query, shape["G"]), launch.key_pieces(key),
             launch.key_pieces(value), launch.row_pieces(d_output, shape["G"]), *arrays,
             name=f"{spec.branch}_backward_key_value",
-            outputs=tuple(jax.ShapeDtypeStruct((shares, B, C, H, width), kind) for width in (K, V)),
-            programs=tiles * shares * H * B, warps=4, stages=1, registers=tiling.HOPPER_KEYS_REGISTERS,
+            outputs=tuple(jax.ShapeDtypeStruct((splits, B, C, H, width), kind) for width in (K, V)),
+            programs=tiles * splits * H * B, warps=4, stages=1, registers=tiling.HOPPER_KEYS_REGISTERS,
             flops=2 * B * N * spec.pairs(T, key.shape[1]) * (2 * K + 2 * V),
-            TILES=tiles, SHARES=shares, STAGES=tiling.hopper_keys_stages(K, V), **shape,
+            TILES=tiles, SPLITS=splits, STAGES=tiling.hopper_keys_stages(K, V), **shape,
         )  # fmt: skip
         return [jnp.sum(x, axis=0, dtype=jnp.float32).astype(key.dtype) for x in (d_key, d_value)]
 

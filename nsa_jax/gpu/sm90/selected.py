@@ -1,4 +1,4 @@
-"""Launches of kernels/selected_hopper.py and selected_hopper_keys.py: the selected branch on Hopper."""
+"""Launches of kernels/sm90/selected.py and selected_keys.py: the selected branch on Hopper."""
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,12 @@ def walk(choice: Choice, query: Array, value: Array, spec: Spec) -> PairedWalks:
 
 def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) -> list[tuple[Array, Array]]:
     """As `gpu.selected.forward`."""
-    from nsa_jax.kernels import selected_hopper as kernels
+    from nsa_jax.kernels.sm90 import selected as kernels
 
     (_, T, N, K), V = query.shape, value.shape[3]
     outputs = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
-    last = portable.sight_of(kernels.forward, routes.sight)
-    output, lse = _walk("selected_forward", kernels.forward, (query, key, value), outputs, K + V, routes, spec, last)
+    arrays, last = (query, key, value), (routes.sight,)
+    output, lse = _walk("selected_forward", kernels.forward, arrays, outputs, K + V, routes, spec, last)
     return [(output, lse)]
 
 
@@ -47,7 +47,7 @@ def backward_query(
     before: Array | None = None,
 ) -> tuple[Array, list[Array]]:  # fmt: skip
     """As `gpu.selected.backward_query`."""
-    from nsa_jax.kernels import selected_hopper as kernels
+    from nsa_jax.kernels.sm90 import selected as kernels
 
     (branch,) = branches
     (_, T, N, K), V = query.shape, value.shape[3]
@@ -67,7 +67,8 @@ def backward_key_value(
     """As `gpu.selected.backward_key_value`; blocks of fewer keys than a program has go to the portable kernels."""
     if spec.block_size < tiling.HOPPER_KEYS:
         return portable.backward_key_value(query, key, value, d_output, rows, choice, spec)
-    from nsa_jax.kernels import selected_hopper_keys as kernels
+    from nsa_jax.kernels.selected_shape import KeyRingShape
+    from nsa_jax.kernels.sm90 import selected_keys as kernels
 
     def run(query, key, value, statistics, place, items, blocks, outputs, programs, flops):
         (B, T, N, K), (_, C, H, V) = query.shape, value.shape
@@ -75,13 +76,15 @@ def backward_key_value(
         return launch.launch(
             kernels.backward_key_value, launch.token_pieces(query, N // H), launch.key_pieces(key),
             launch.key_pieces(value), launch.token_pieces(d_output, N // H), *statistics, place, *items.of_kernels(),
-            blocks.begin, blocks.end, *portable.near_of(kernels.backward_key_value, blocks),
+            blocks.begin, blocks.end, blocks.near,
             name="selected_backward_key_value", outputs=outputs,
             programs=spec.block_size // tiling.HOPPER_KEYS * programs * H * B, warps=4, stages=1,
             registers=tiling.HOPPER_KEYS_REGISTERS, flops=flops,
-            T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=spec.scale, BLOCK=spec.block_size, BLOCKS=blocks.begin.shape[1],
-            ITEMS=items.block.shape[2], MORE=outputs[2].shape[2], PROGRAMS=programs,
-            STAGES=tiling.hopper_keys_stages(K, V),
+            SHAPE=KeyRingShape(
+                T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=spec.scale, BLOCK=spec.block_size, KEYS=tiling.HOPPER_KEYS,
+                BLOCKS=blocks.begin.shape[1], ITEMS=items.block.shape[2], MORE=outputs[2].shape[2], PROGRAMS=programs,
+                STAGES=tiling.hopper_keys_stages(K, V),
+            ),
         )  # fmt: skip
 
     capability = device.capability_of(kernels.backward_key_value)
@@ -91,7 +94,9 @@ def backward_key_value(
 def _walk(name, kernel, arrays, outputs, products, routes, spec, last=(), **constants) -> list[Array]:
     """Runs a kernel on arrays that begin with query, key and value; products: multiplications per head and key."""
     walks, block_size, tile = routes.walks, spec.block_size, _tile(arrays[0], arrays[2], spec.block_size)
-    (_, T, N, K), (_, _, H, V) = arrays[0].shape, arrays[2].shape
+    from nsa_jax.kernels.selected_shape import PairedShape
+
+    (_, T, N, K), (_, C, H, V) = arrays[0].shape, arrays[2].shape
     pairs, _, entries = walks.begins.shape[2:]
 
     def run(query, key, value, *arrays):
@@ -105,9 +110,12 @@ def _walk(name, kernel, arrays, outputs, products, routes, spec, last=(), **cons
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
             programs=programs, warps=8, stages=1,
             flops=2 * B * T * N * entries // tile.tokens * block_size * products,
-            T=T, H=H, G=N // H, K=K, V=V, SCALE=spec.scale, TOKENS=tile.tokens, WALK=entries, KEYS=tile.keys,
-            SHARES=block_size // tile.keys, TOGETHER=tiling.hopper_together(N // H), TILES=pairs, UNITS=units,
-            PROGRAMS=programs, STAGES=tile.stages, **constants,
+            SHAPE=PairedShape(
+                T=T, C=C, H=H, G=N // H, K=K, V=V, SCALE=spec.scale, BLOCK=block_size, KEYS=tile.keys,
+                TOKENS=tile.tokens, ENTRIES=entries, TOGETHER=tiling.hopper_together(N // H), TILES=pairs, UNITS=units,
+                PROGRAMS=programs, STAGES=tile.stages,
+            ),
+            **constants,
         )  # fmt: skip
 
     return transforms.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *walks, *last)

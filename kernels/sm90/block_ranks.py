@@ -1,16 +1,17 @@
-"""The lists of the best blocks of selection_hopper.py, and how candidates get into them.
+"""The lists of the best blocks of select_blocks.py, and how candidates get into them.
 
-A list entry is a block and its rank, as in selection.py. While candidates go in, each warp goes round as often as its
-own tokens need (`_any`). That is sound while nothing in there makes warps wait for others, which tests/test_lowering.py
-checks: the reductions are within a warp.
+A list entry is a block and its rank, as in ../select_blocks.py. While candidates go in, each warp goes round as often
+as its own tokens need (`or_of_thread`). That is sound while nothing in there makes warps wait for others, which
+tests/test_lowering.py checks: the reductions are within a warp.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..select_blocks import KEPT, NONE
+from .ptx import or_of_thread
+
 LIST_WARPS = gl.constexpr(8)  # that keep lists
-KEPT = gl.constexpr(0x7FFFFFFF)  # rank of an entry that nothing displaces
-NONE = gl.constexpr(0x40000000)  # blocks from here on stand for an empty place in the list
 
 
 @gluon.constexpr_function
@@ -27,27 +28,14 @@ def by_token(tokens, groups):
     )
 
 
-@gluon.constexpr_function
-def _or_all(outputs, inputs):
-    """Assembly that gives the bitwise or of a thread's integers."""
-    to = outputs[0][0]
-    return "\n".join([f"mov.u32 {to}, 0;", *(f"or.b32 {to}, {to}, {x};" for x in inputs[0])])
-
-
-@gluon.jit
-def _any(x):
-    """Whether x [TOKENS, 1, 1], integers, is not 0 for any token of this warp: a scalar that differs by warp."""
-    return gl.inline_asm(_or_all, ("=&r", "r"), [x], gl.int32) != 0
-
-
 @gluon.jit
 def same(x, layout: gl.constexpr):
-    """x in a layout that has the same in every thread."""
+    """x in another layout, in which each thread has what it has now."""
     return gl.convert_layout(x, layout, assert_trivial=True)
 
 
 @gluon.jit
-def places(count: gl.constexpr, layout: gl.constexpr):
+def numbered(count: gl.constexpr, layout: gl.constexpr):
     """0 to count as [1, count / 32, 32]."""
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     group = gl.arange(0, count // 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -56,7 +44,7 @@ def places(count: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _first_best(rank, block, axis: gl.constexpr):
-    """The largest rank along an axis, and of the blocks that have it the smallest."""
+    """The largest rank along an axis, and the smallest of the blocks that have it."""
     best = gl.max(rank, axis, keep_dims=True)
     chosen = gl.min(gl.where(rank == best, block, NONE), axis, keep_dims=True)
     return best, chosen
@@ -64,17 +52,16 @@ def _first_best(rank, block, axis: gl.constexpr):
 
 @gluon.jit
 def _compare(rank, block, list_rank, list_block):
-    """Of each token the best candidate, the entry of the list that it would take the place of, and whether it does; and
-    whether any does of this warp's."""
+    """The best candidate of each token, the entry of its list that it would displace, whether it does so; and whether
+    that of any token of this warp does."""
     layout: gl.constexpr = list_rank.type.layout
     best, chosen = _first_best(rank, block, 2)
     best, chosen = same(best, layout), same(chosen, layout)
     worst = gl.min(gl.min(list_rank, 2, keep_dims=True), 1, keep_dims=True)
     evicted = gl.where(list_rank == worst, list_block, -1)
     evicted = gl.max(gl.max(evicted, 2, keep_dims=True), 1, keep_dims=True)
-    # a rank that is not a number may be KEPT
-    better = (best > worst) | ((best == worst) & (best >= 0) & (best < KEPT) & (chosen < evicted))
-    return best, chosen, evicted, better, _any(better.to(gl.int32))
+    better = (best > worst) | ((best == worst) & (best >= 0) & (chosen < evicted))
+    return best, chosen, evicted, better, or_of_thread(better.to(gl.int32)) != 0
 
 
 @gluon.jit
@@ -91,16 +78,16 @@ def start_lists(room, own, near, forced, all_fit, entry):
 def insert(rank, block, list_rank, list_block):
     """The lists [TOKENS, LIST / 32, 32] after candidates, `rank` [TOKENS, M, 32] (negative: none) of block [1, M, 32].
 
-    Of equal ranks the smaller block stays. Of each lane only the best stands for election; once none of these is better
-    than what is in the list, those that were not elected before follow.
+    Of equal ranks the smaller block stays. Only the best candidate of each lane stands for election; once none of these
+    is better than what is in the list, those that were not elected before follow.
     """
     lane_rank, lane_block = _first_best(rank, block, 1)  # [TOKENS, 1, 32]
     best, chosen, evicted, better, more = _compare(lane_rank, lane_block, list_rank, list_block)
     while more:
         while more:
-            place = better & (list_block == evicted)
-            list_rank = gl.where(place, best, list_rank)
-            list_block = gl.where(place, chosen, list_block)
+            displaced = better & (list_block == evicted)
+            list_rank = gl.where(displaced, best, list_rank)
+            list_block = gl.where(displaced, chosen, list_block)
             elected = same(gl.where(better, chosen, NONE), lane_block.type.layout)
             lane_rank = gl.where(lane_block == elected, -1, lane_rank)
             best, chosen, evicted, better, more = _compare(lane_rank, lane_block, list_rank, list_block)
@@ -112,7 +99,8 @@ def insert(rank, block, list_rank, list_block):
 
 @gluon.jit
 def ascending(list_block, entry, TOKENS: gl.constexpr, LIST: gl.constexpr):
-    """Of each entry the place in its list in ascending order of the blocks, which are distinct, empty places last."""
+    """Where each entry stands in its list once the blocks, which are distinct, are in ascending order, empty ones
+    last."""
     blocks = gl.reshape(list_block, [TOKENS, LIST])
     after = (gl.reshape(entry + gl.zeros_like(list_block), [TOKENS, LIST]) + 1) % LIST
     smaller = gl.zeros_like(blocks)

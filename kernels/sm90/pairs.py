@@ -8,7 +8,7 @@ gives to assembly lack the rank, which those of a cluster have in their upper ei
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper import WIDTH
+from .rows import WIDTH
 
 
 @gluon.jit

@@ -1,5 +1,5 @@
-"""What the kernels for Hopper (sm_90), written in Gluon, share: barriers, tiles in shared memory, copies of rows, the
-order of units."""
+"""What the kernels for Hopper (sm_90), written in Gluon, share: tiles in shared memory, copies of rows, the order of
+units."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,19 +24,8 @@ def lanes(tokens, warps):
 
 @gluon.jit
 def place_of(unit, H: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr):
-    """The tile, head and row of the batch of a unit; late tokens, which see most, first."""
+    """The tile, head and batch row of a unit; late tokens, which see most, first."""
     return TILES - 1 - unit // (H * B), unit % H, unit // H % B
-
-
-@gluon.jit
-def arrive(barrier):
-    """Arrives once for this warp, when all its threads are here."""
-    gl.inline_asm(
-        "{ .reg .pred first; .reg .u32 lane; bar.warp.sync 0xffffffff; mov.u32 lane, %laneid;"
-        " setp.eq.u32 first, lane, 0; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
-        "r,~{memory}",
-        [barrier],
-    )
 
 
 @gluon.jit
@@ -63,8 +52,8 @@ def store_rows(target, base, offset, rows, inside, D: gl.constexpr, layout: gl.c
 
 @gluon.jit
 def copy_rows(source, tile, barrier, row, at, head, G: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-    """The (token, head of the group) pairs at .. at + ROWS of a head of source [B, T, N, D] into tile [ROWS, D]."""
+    """Copies the query rows at .. at + ROWS of a batch row and head of source [B, T, N, D] into tile [ROWS, D]."""
     PIECE: gl.constexpr = min(G, ROWS)
-    parts = tile.reinterpret(source.dtype, [D // WIDTH, 1, ROWS // PIECE, PIECE, WIDTH], source.layout)
-    for part in gl.static_range(D // WIDTH):
-        tma.async_load(source, [row, at // G, head * G + at % G, part * WIDTH], barrier, parts.index(part))
+    pieces = tile.reinterpret(source.dtype, [D // WIDTH, 1, ROWS // PIECE, PIECE, WIDTH], source.layout)
+    for i in gl.static_range(D // WIDTH):
+        tma.async_load(source, [row, at // G, head * G + at % G, i * WIDTH], barrier, pieces.index(i))
