@@ -8,6 +8,7 @@ import pytest
 
 from nsa_jax import reference
 from nsa_jax.compression import compress
+from nsa_jax.rows.queries import locate
 
 # float32 sums of at most 200 terms of order 1: 200 * 2^-24 = 1.2e-5
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -29,20 +30,45 @@ OPTIONS = {
     "the paper's windows": (1, 3, 0, 1, 4),
 }
 
+# of queries: a slice far into the row, any order, more than tokens, repeats and places outside of the row, only one
+QUERIES = {
+    "slice": lambda T, rng: np.arange(T // 2, T - T // 8) + np.zeros((2, 1)),
+    "shuffled": lambda T, rng: np.stack([rng.permutation(T), rng.permutation(T)]),
+    "many": lambda T, rng: rng.integers(-3, T + 3, (2, T + 7)),
+    "one": lambda T, rng: np.array([[T - 9], [-1]]),
+}
+# shape, segments, queries
+CASES = [(shape, kind, None) for shape in SHAPES for kind in PACKINGS] + [
+    ("groups of three", "padded", "slice"),
+    ("the paper's windows", "none", "slice"),
+    ("groups of three", "packed", "shuffled"),
+    ("groups of sixteen", "padded", "many"),
+    ("one token", "none", "many"),
+    ("odd length", "packed", "one"),
+]
+
 SIZES = (
-    *("window_size", "window", "stride", "scale", "block_size"),
+    *("window_size", "window", "stride", "scale", "block_size", "length"),
     *("max_block_count", "num_init_blocks", "num_local_blocks"),
 )
 
 
 def run(op, *arrays, **options):
+    """An op of the reference, compiled, with `segment_ids` and `query_indices` in place of the row."""
     return _compiled(op, isinstance(options.get("block_counts"), int | None))(*arrays, **options)
 
 
 @functools.cache
 def _compiled(op, static_counts):
     names = (*SIZES, "block_counts") if static_counts else SIZES
-    return jax.jit(op, static_argnames=[name for name in names if name in op.__annotations__])
+    return jax.jit(functools.partial(in_row, op), static_argnames=names)
+
+
+def in_row(op, query, key, value, *arrays, segment_ids, query_indices=None, length=None, **options):
+    """`length` is that of the key row, unless that is as long as the queries are many."""
+    segment_ids, query_indices = (None if x is None else jnp.asarray(x) for x in (segment_ids, query_indices))
+    row = locate(segment_ids, query_indices, query.shape[0], query.shape[1] if length is None else length)
+    return op(query, key, value, row, *arrays, **options)
 
 
 def packing(kind, length, seed=0):
@@ -85,36 +111,44 @@ def assert_same_attention(got, expected):
     np.testing.assert_allclose(lse, expected_lse, **CLOSE)
 
 
-@pytest.fixture(params=[(shape, kind) for shape in SHAPES for kind in PACKINGS], ids=lambda param: ", ".join(param))
+@pytest.fixture(params=CASES, ids=lambda case: ", ".join(filter(None, case)))
 def case(request):
-    shape, kind = request.param
-    return SHAPES[shape], OPTIONS[shape], draw(**SHAPES[shape]), packing(kind, SHAPES[shape]["T"])
+    """(sizes, options, arrays, {segment_ids, query_indices})."""
+    shape, kind, queries = request.param
+    arrays, T = draw(**SHAPES[shape]), SHAPES[shape]["T"]
+    places = {"segment_ids": packing(kind, T), "query_indices": None}
+    if queries:
+        rng = np.random.default_rng(T)
+        places["query_indices"] = QUERIES[queries](T, rng).astype(np.int32)
+        heads_and_width = arrays["query"].shape[2:]
+        arrays["query"] = rng.standard_normal((*places["query_indices"].shape, *heads_and_width)).astype(np.float32)
+    return SHAPES[shape], OPTIONS[shape], arrays, places
 
 
 def test_sliding_window_attention(case):
-    _, (window_size, *_), arrays, ids = case
+    sizes, (window_size, *_), arrays, places = case
     arguments = pick(arrays, "query", "key", "value")
-    options = {"window_size": window_size, "scale": 0.4, "segment_ids": ids}
-    got = run(reference.sliding_window_attention, *arguments, **options)
+    options = {"window_size": window_size, "scale": 0.4, **places}
+    got = run(reference.sliding_window_attention, *arguments, length=sizes["T"], **options)
     assert_same_attention(got, brute_force.sliding_window_attention(*arguments, **options))
 
 
 def test_compressed_attention(case):
-    sizes, _, arrays, ids = case
+    sizes, _, arrays, places = case
     arguments = pick(arrays, "query", "compressed_key", "compressed_value")
-    options = {"window": sizes["window"], "stride": sizes["stride"], "scale": 0.4, "segment_ids": ids}
+    options = {"window": sizes["window"], "stride": sizes["stride"], "scale": 0.4, "length": sizes["T"], **places}
     got = run(reference.compressed_attention, *arguments, **options)
     assert_same_attention(got, brute_force.compressed_attention(*arguments, **options))
 
 
 def check_selection(case, max_block_count, num_init_blocks, num_local_blocks, per_token):
-    sizes, _, arrays, ids = case
+    sizes, _, arrays, places = case
     query, key, value = pick(arrays, "query", "compressed_key", "compressed_value")
-    windows = {"window": sizes["window"], "stride": sizes["stride"], "scale": 0.4, "segment_ids": ids}
+    windows = {"window": sizes["window"], "stride": sizes["stride"], "scale": 0.4, "length": sizes["T"], **places}
     _, lse = run(reference.compressed_attention, query, key, value, **windows)
     counts = max_block_count
     if per_token:
-        shape = (2, sizes["T"], sizes["H"])
+        shape = (2, query.shape[1], sizes["H"])
         counts = np.random.default_rng(1).integers(-1, max_block_count + 3, shape).astype(np.int32)
     options = windows | {
         "block_counts": counts,
@@ -141,7 +175,7 @@ def test_select_blocks(case, per_token):
 )
 def test_forced_blocks_and_room(max_block_count, num_init_blocks, num_local_blocks):
     shape = "groups of three"
-    case = SHAPES[shape], None, draw(**SHAPES[shape]), packing("none", 63)
+    case = SHAPES[shape], None, draw(**SHAPES[shape]), {"segment_ids": None}
     check_selection(case, max_block_count, num_init_blocks, num_local_blocks, per_token=False)
 
 
@@ -155,22 +189,23 @@ def test_equal_importance_goes_to_the_smaller_block():
     assert chosen[0, 40, 0].tolist() == [0, 1, 2, -1, -1, -1]
 
 
-def listed_blocks(sizes, seed=2):
-    """Indices [2, T, H, 5] unsorted and repeated, from below 0 to far beyond the last block."""
+def listed_blocks(sizes, queries=None, seed=2):
+    """Indices [2, queries, H, 5] unsorted and repeated, from below 0 to far beyond the last block."""
     rng = np.random.default_rng(seed)
-    blocks = rng.integers(-2, -(-sizes["T"] // sizes["block_size"]) + 2, (2, sizes["T"], sizes["H"], 5))
+    shape = (2, queries or sizes["T"], sizes["H"], 5)
+    blocks = rng.integers(-2, -(-sizes["T"] // sizes["block_size"]) + 2, shape)
     return np.where(rng.random(blocks.shape) < 0.05, 2**31 - 1, blocks).astype(np.int32)
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["one count", "counts"])
 def test_selected_attention(case, per_token):
-    sizes, (*_, block_counts), arrays, ids = case
-    indices = listed_blocks(sizes)
+    sizes, (*_, block_counts), arrays, places = case
+    indices = listed_blocks(sizes, arrays["query"].shape[1])
     if per_token:
         block_counts = np.random.default_rng(3).integers(-1, 8, indices.shape[:3]).astype(np.int32)
     arguments = (*pick(arrays, "query", "key", "value"), indices)
-    options = {"block_counts": block_counts, "block_size": sizes["block_size"], "scale": 0.4, "segment_ids": ids}
-    got = run(reference.selected_attention, *arguments, **options)
+    options = {"block_counts": block_counts, "block_size": sizes["block_size"], "scale": 0.4, **places}
+    got = run(reference.selected_attention, *arguments, length=sizes["T"], **options)
     assert_same_attention(got, brute_force.selected_attention(*arguments, **options))
 
 
@@ -186,20 +221,24 @@ def test_selected_attention_without_a_list():
 GRADIENT_SHAPE = SHAPES["groups of three"] | {"T": 41}
 
 
-def operations(segment_ids, module=reference):
-    """Each attention op of `module` (the reference or brute force) as a function of its differentiable arrays."""
+def operations(segment_ids, exact=False):
+    """Each attention op of the reference (or, exact, of brute force) as a function of its differentiable arrays."""
     sizes = GRADIENT_SHAPE
+
+    def of(name):
+        return getattr(brute_force, name) if exact else functools.partial(in_row, getattr(reference, name))
+
     common = {"scale": 0.4, "segment_ids": segment_ids}
     windows = {"window": sizes["window"], "stride": sizes["stride"]}
     blocks = {"block_counts": None, "block_size": sizes["block_size"]}
 
     def selected(query, key, value):
-        return module.selected_attention(query, key, value, listed_blocks(sizes), **blocks, **common)
+        return of("selected_attention")(query, key, value, listed_blocks(sizes), **blocks, **common)
 
     return {
-        "sliding": (functools.partial(module.sliding_window_attention, window_size=9, **common), ("key", "value")),
+        "sliding": (functools.partial(of("sliding_window_attention"), window_size=9, **common), ("key", "value")),
         "compressed": (
-            functools.partial(module.compressed_attention, **windows, **common),
+            functools.partial(of("compressed_attention"), **windows, **common),
             ("compressed_key", "compressed_value"),
         ),
         "selected": (selected, ("key", "value")),
@@ -225,7 +264,7 @@ def test_gradients_against_finite_differences(name, kind):
     ids = packing(kind, GRADIENT_SHAPE["T"])
     weights = weights_of(GRADIENT_SHAPE)
     op, names = operations(ids)[name]
-    exact, _ = operations(ids, brute_force)[name]
+    exact, _ = operations(ids, exact=True)[name]
     arguments = pick(draw(**GRADIENT_SHAPE), "query", *names)
     gradients = jax.jit(jax.grad(lambda *x: weighted(op(*x), weights), (0, 1, 2)))(*arguments)
 
@@ -285,14 +324,16 @@ def test_padding_does_not_change_a_selection():
 
 def sparse_attention(query, key, value, segment_ids):
     """The three branches added up, and the selection, with l = 8, d = 4, blocks of 16."""
-    windows = {"window": 8, "stride": 4, "segment_ids": segment_ids}
-    compressed_key, compressed_value = compress(key, **windows), compress(value, **windows)
-    common = {"scale": 0.4, "segment_ids": segment_ids}
+    windows = {"window": 8, "stride": 4}
+    compressed_key, compressed_value = (compress(x, segment_ids=segment_ids, **windows) for x in (key, value))
+    row = locate(None if segment_ids is None else jnp.asarray(segment_ids), None, *key.shape[:2])
     options = {"block_counts": 2, "max_block_count": 2, "block_size": 16, "num_init_blocks": 0, "num_local_blocks": 1}
-    compressed, lse = reference.compressed_attention(query, compressed_key, compressed_value, scale=0.4, **windows)
-    indices = reference.select_blocks(query, compressed_key, lse, scale=0.4, **options, **windows)
-    selected, _ = reference.selected_attention(query, key, value, indices, block_counts=None, block_size=16, **common)
-    sliding, _ = reference.sliding_window_attention(query, key, value, window_size=9, **common)
+    windows["scale"] = 0.4
+    compressed, lse = reference.compressed_attention(query, compressed_key, compressed_value, row, **windows)
+    indices = reference.select_blocks(query, compressed_key, lse, row, **options, **windows)
+    arrays = query, key, value, row
+    selected, _ = reference.selected_attention(*arrays, indices, block_counts=None, block_size=16, scale=0.4)
+    sliding, _ = reference.sliding_window_attention(*arrays, window_size=9, scale=0.4)
     return compressed + selected + sliding, indices
 
 
@@ -359,7 +400,7 @@ def test_chunks_do_not_show(monkeypatch):
 def test_memory_grows_with_the_row_not_its_square():
     def loss(query, key, value, indices):
         options = {"block_counts": None, "block_size": 64, "scale": 0.25, "segment_ids": None}
-        return reference.selected_attention(query, key, value, indices, **options)[0].sum()
+        return in_row(reference.selected_attention, query, key, value, indices, **options)[0].sum()
 
     shapes = [(1, 8192, 2, 16), (1, 8192, 1, 16), (1, 8192, 1, 16)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -387,7 +428,7 @@ def test_products_are_exact_unless_the_user_says_otherwise():
     options = {"window_size": 12, "scale": 0.4, "segment_ids": None}
 
     def traced():
-        return str(jax.make_jaxpr(functools.partial(reference.sliding_window_attention, **options))(*arrays))
+        return str(jax.make_jaxpr(functools.partial(in_row, reference.sliding_window_attention, **options))(*arrays))
 
     assert traced().count("HIGHEST") >= 2
     with jax.default_matmul_precision("tensorfloat32"):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_close, assert_same_bits, counts_of, normal, packing, qkv, row, run, spans
-from nsa_jax.inverse import more_items
 
 from nsa_jax import selected_attention, tiling
+from nsa_jax.gpu.inverse import more_items
 
 # T, block_size, S, counts, G, H, K, V, packed
 SHAPES = [
@@ -149,7 +149,7 @@ HOT = {"one item": (4, None), "several items": (40, None), "many blocks": (24, n
 @pytest.mark.parametrize("T, segment_ids", HOT.values(), ids=HOT)
 def test_hot_block(monkeypatch, T, segment_ids):
     monkeypatch.setattr(tiling, "selected_chunk", lambda capability: 16)
-    assert (more_items(T, 2, 64, 16, 48) > 0) == (T > 4)
+    assert (more_items(T, T, 2, 16, 16, 48, sliced=False) > 0) == (T > 4)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     indices = jnp.zeros((1, T, 1, 2), jnp.int32)
     arrays = qkv(4, 1, T, 2, 1, 20, 16)
