@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from cases import assert_same_bits, float32_of, normal, packing, qkv, row, spans
 
-from nsa_jax import compressed_attention, launch, segments, select_blocks, selection_hopper, tiling
+from nsa_jax import compressed_attention, select_blocks
+from nsa_jax.gpu import backends
+from nsa_jax.rows.intervals import window_intervals
+from nsa_jax.rows.queries import locate
 
 # packed, T, G, H, K, block_size, window, stride, S
 CASES = [
@@ -71,8 +74,8 @@ class Queries(NamedTuple):
 
 def queries_of(query, lse, count, H, block_size, window, stride, segment_ids=None):
     """One `Queries` for every token of the rows; count: blocks to take, an int or [B, T, H]."""
-    tokens = segments.layout(segment_ids, *query.shape[:2])
-    seen = segments.window_intervals(tokens, window, stride)
+    row = locate(segment_ids, None, *query.shape[:2])
+    tokens, seen = row.tokens, window_intervals(row, window, stride)
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (*query.shape[:2], H))
     count = jnp.where(tokens.valid[..., None], count, 0)
     return Queries(query, lse, count, tokens.start, tokens.position // block_size, seen.key_begin, seen.key_end)
@@ -80,28 +83,15 @@ def queries_of(query, lse, count, H, block_size, window, stride, segment_ids=Non
 
 def choose(queries, key, *, S, block_size, window, stride, num_init=1, num_local=2):
     """block_indices [B, T, H, S] from the kernel itself, which is told what `queries` say: they may be any."""
-    from nsa_jax.kernels import select_blocks as kernels
-
     query, *arrays = queries
-    (B, T, N, K), (_, C, H, _) = query.shape, key.shape
+    K = query.shape[-1]
     share = block_size // stride
     constants = {
         "S": S, "SCALE": K**-0.5, "BLOCK_STRIDES": share, "WINDOW_STRIDES": window // stride, "INIT": num_init,
         "LOCAL": num_local,
     }  # fmt: skip
-    if selection_hopper.fits(query, key, S, share):
-        return np.asarray(selection_hopper.select(query, key, *arrays, flops=1, **constants))
-    parts, capability = tiling.parts(K), launch.capability_of(kernels.select)
-    tile = tiling.selection(capability, sum(parts), query.dtype.itemsize, N // H, S, share)
-    tiles = -(-T // tile.tokens)
-    (block_indices,) = launch.launch(
-        kernels.select, query, *launch.key_tiles(kernels.select, tile.keys, key), *arrays,
-        outputs=(jax.ShapeDtypeStruct((B, T, H, S), jnp.int32),), programs=H * tiles * B, warps=tile.warps,
-        stages=tile.stages, flops=1, T=T, C=C, H=H, G=N // H, K=K, TOKENS=tile.tokens, HEADS=tile.heads,
-        KEYS=tile.keys, PARTS=tile.parts, LIST=tile.entries, TILES=tiles, K_PARTS=parts,
-        PRECISION=launch.dot_precision(), **constants,
-    )  # fmt: skip
-    return np.asarray(block_indices)
+    backend = backends.block_selection(query, key, S, share)
+    return np.asarray(backend.select(query, key, *arrays, flops=1, **constants))
 
 
 def assert_same_in_any_order(queries, key, order, **options):

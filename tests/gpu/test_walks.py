@@ -116,7 +116,7 @@ def test_walks(made_long, case):
     place, T = np.asarray(choice.row.queries.place), choice.selected.shape[1]
     begins, members, counts, plain_counts = map(np.asarray, walks(made_long(choice), tokens, BLOCK, window_size))
     tiles = -(-T // tokens)
-    assert begins.shape == members.shape == (B, H, tiles, tokens * (S + choice.touched.shape[2]))
+    assert begins.shape == members.shape == (B, H, tiles, tokens * choice.wanted)
     assert counts.shape == plain_counts.shape == (B, H, tiles)
     for b, h, tile in np.ndindex(B, H, tiles):
         bits = collections.Counter()

@@ -20,7 +20,8 @@ from test_selection import (
     select,
 )
 
-from nsa_jax import select_blocks, selection_hopper, tiling
+from nsa_jax import select_blocks, tiling
+from nsa_jax.gpu.sm90 import block_selection
 
 # packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init_blocks, num_local_blocks)
 CASES = [
@@ -50,7 +51,7 @@ def test_matches_reference(hopper, case):
     packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init, num_local) = case
     segment_ids = packing(T) if packed else None
     query, key, lse = arrays(T, 2 if packed else 1, T, G * H, H, K, window, stride, segment_ids, dtype)
-    assert selection_hopper.fits(query, key, min(S, -(-T // block_size)), block_size // stride)
+    assert block_selection.supports(query, key, min(S, -(-T // block_size)), block_size // stride)
     options = {
         "block_size": block_size, "window": window, "stride": stride, "segment_ids": segment_ids,
         "num_init_blocks": num_init, "num_local_blocks": num_local,
@@ -117,7 +118,7 @@ def mixed(case):
     mixture = row(700, (-1, 3), (0, 333), (1, 1), (-1, 5), (0, 270), (-1, 88))
     segment_ids = jnp.asarray([mixture, row(700, (0, 20), (1, 680))])
     query, key, lse = arrays(11, 2, 700, G * H, H, K, window, stride, segment_ids, "bfloat16")
-    assert selection_hopper.fits(query, key, S, block_size // stride)
+    assert block_selection.supports(query, key, S, block_size // stride)
     queries = queries_of(query, lse, count, H, block_size, window, stride, segment_ids)
     options = {"S": S, "num_init": num_init, "num_local": num_local}
     return queries, key, options | {"block_size": block_size, "window": window, "stride": stride}

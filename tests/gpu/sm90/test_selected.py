@@ -22,7 +22,8 @@ from cases import (
     without_infinities,
 )
 
-from nsa_jax import selected_attention, selected_hopper, tiling
+from nsa_jax import selected_attention, tiling
+from nsa_jax.gpu.sm90 import selected as sm90
 from nsa_jax.runtime import jax_triton_gluon
 
 # T, block_size, S, counts, G, H, K, V, dtype, packed
@@ -53,7 +54,7 @@ def attention(implementation, indices, **options):
 
 
 def uses_these_kernels(query, value, block_size=64):
-    return selected_hopper.tile_for(query, value, block_size, 0.1, 0) is not None
+    return sm90.supports(query, value, 0.1, block_size, 0)
 
 
 @pytest.mark.gpu
@@ -90,7 +91,7 @@ def test_blocks_of_many_items(hopper, monkeypatch, block_size, packed):
     indices = drawn(8, B, T, H, 3, block_size, False).at[..., 0].set(0)
     options = {"block_size": block_size, "segment_ids": packing(T) if packed else None}
     arrays = qkv(8, B, T, G * H, H, 128, 128, dtype="bfloat16")
-    assert selected_hopper.does_keys(arrays[0], arrays[2], block_size, 0.1, 0)
+    assert sm90.supports(arrays[0], arrays[2], 0.1, block_size, 0)
     cotangents = normal(1, B, T, G * H, 128, dtype="bfloat16"), normal(2, B, T, G * H)
     actual = run(attention("triton", indices, **options), arrays, cotangents=cotangents)
     expected = run(attention("xla", indices, **options), float32_of(arrays), cotangents=float32_of(cotangents))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from cases import assert_close, assert_same_bits, assert_small_error_ratio, normal
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
+from nsa_jax.runtime import launch
 
 H, S, SCALE, NOWHERE = 2, 3, 0.3, 2**31 - 1
 BLIND = (0, 7, 38)  # queries that see nothing
@@ -128,7 +129,7 @@ class Portable:
         lists = 1, H, shape.TILES, *parts, shape.ENTRIES // (2 if parts else 1)
         return launch.launch(
             getattr(block_lists, kernel), first_keys, place,
-            outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (lists, lists, lists[:3], lists[:3])],
+            name="test", outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (lists, lists, lists[:3], lists[:3])],
             programs=-(-shape.TILES // 2) * H, warps=4, stages=1, flops=0, SHAPE=shape,
         )  # fmt: skip
 
@@ -143,7 +144,8 @@ class Portable:
         return launch.launch(
             kernel, query, *launch.key_tiles(kernel, 16, key, value), *arrays,
             jnp.asarray(self.case.place, jnp.int32)[None], *self.walks("walk", tokens), *last,
-            outputs=outputs, programs=shape.TILES * H, warps=4, stages=1, flops=0, SHAPE=shape, **constants,
+            name="test", outputs=outputs, programs=shape.TILES * H, warps=4, stages=1, flops=0, SHAPE=shape,
+            **constants,
         )  # fmt: skip
 
     def forward(self, query, key, value, sight):
@@ -213,7 +215,7 @@ class Portable:
         outputs = self._outputs(sizes)
         results = launch.launch(
             selected_keys.backward_key_value, query, key, value, d_output, *rows[0], *rows[-1], *arrays,
-            outputs=outputs, programs=shape.PIECES * 3 * H, warps=4, stages=1, flops=0, SHAPE=shape,
+            name="test", outputs=outputs, programs=shape.PIECES * 3 * H, warps=4, stages=1, flops=0, SHAPE=shape,
         )  # fmt: skip
         return self.gathered(*results, arrays)
 
@@ -247,8 +249,8 @@ class Hopper(Portable):
         query, key, value, *arrays = arrays
         return launch.launch(
             kernel, query, launch.key_pieces(key), launch.key_pieces(value), *arrays,
-            jnp.asarray(case.place, jnp.int32)[None], *walks, *last, outputs=outputs, programs=2, warps=8, stages=1,
-            flops=0, SHAPE=shape, **constants,
+            jnp.asarray(case.place, jnp.int32)[None], *walks, *last, name="test", outputs=outputs, programs=2,
+            warps=8, stages=1, flops=0, SHAPE=shape, **constants,
         )  # fmt: skip
 
     def forward(self, query, key, value, sight):

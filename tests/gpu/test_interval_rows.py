@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from cases import assert_same_bits, normal
 
-from nsa_jax import launch, tiling
+from nsa_jax import tiling
+from nsa_jax.runtime import launch
 
 T, C, H = 150, 70, 2
 BLIND = [*range(4), *range(60, 70), T - 1]  # queries that see nothing, between segments
@@ -43,7 +44,7 @@ class Portable:
         parts = tiling.parts(self.width)
         constants |= {"T": T, "C": C, "H": H, "G": self.group, "K": self.width, "V": self.width, "SCALE": 0.3}
         return launch.launch(
-            kernel, *arrays, outputs=outputs, programs=tiles * H, warps=4, stages=1, flops=0,
+            kernel, *arrays, name="test", outputs=outputs, programs=tiles * H, warps=4, stages=1, flops=0,
             K_PARTS=parts, V_PARTS=parts, PRECISION="ieee", **constants,
         )  # fmt: skip
 
@@ -97,8 +98,8 @@ class Hopper(Portable):
         arrays = launch.row_pieces(query, self.group), launch.key_pieces(key), launch.key_pieces(value)
         outputs = _like(query), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32), _like(query)
         return launch.launch(
-            kernels.forward, *arrays, begin, end, sight, *[begin] * 5, outputs=outputs, programs=2, warps=4, stages=1,
-            flops=0, OTHERS=0, KEEP=True, TILES=tiles, PROGRAMS=2,
+            kernels.forward, *arrays, begin, end, sight, *[begin] * 5, name="test", outputs=outputs, programs=2,
+            warps=4, stages=1, flops=0, OTHERS=0, KEEP=True, TILES=tiles, PROGRAMS=2,
             STAGES=tiling.interval_hopper_stages(self.width, self.width), **self._shape(),
         )[:2]  # fmt: skip
 
@@ -110,8 +111,8 @@ class Hopper(Portable):
         return launch.launch(
             kernels.backward_key_value, launch.row_pieces(query, self.group), launch.key_pieces(key),
             launch.key_pieces(value), launch.row_pieces(d_output, self.group), lse, delta, weight, query_begin,
-            query_end, outputs=outputs, programs=tiles * H, warps=4, stages=1, registers=tiling.HOPPER_KEYS_REGISTERS,
-            flops=0, TILES=tiles, SPLITS=1, STAGES=tiling.hopper_keys_stages(self.width, self.width), **self._shape(),
+            query_end, name="test", outputs=outputs, programs=tiles * H, warps=4, stages=1,
+            registers=tiling.HOPPER_KEYS_REGISTERS, flops=0, TILES=tiles, SPLITS=1, STAGES=tiling.hopper_keys_stages(self.width, self.width), **self._shape(),
         )  # fmt: skip
 
 
