@@ -217,9 +217,9 @@ def _key_gradients(tile, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS
     rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
     live = row_lse < float("inf")
     if shape.DESCRIPTORS:
-        place = [queries.row.to(tl.int32), tile * (ROWS // G), queries.head * G, 0]
-        q = (tl.where(live[:, None], tl.reshape(queries.query.load(place), [ROWS, K]), 0.0),)
-        do = (tl.where(live[:, None], tl.reshape(queries.d_output.load(place), [ROWS, V]), 0.0),)
+        where = [queries.row.to(tl.int32), tile * (ROWS // G), queries.head * G, 0]
+        q = (tl.where(live[:, None], tl.reshape(queries.query.load(where), [ROWS, K]), 0.0),)
+        do = (tl.where(live[:, None], tl.reshape(queries.d_output.load(where), [ROWS, V]), 0.0),)
     else:
         q = load_rows(queries.query + rows.base * K, rows.offset * K, live, K, shape.K_PARTS)  # [ROWS, K]
         do = load_rows(queries.d_output + rows.base * V, rows.offset * V, live, V, shape.V_PARTS)  # [ROWS, V]

@@ -48,7 +48,7 @@ def _pairs(T: int, C: int, spec: Spec) -> int:
 
 
 def _on_hopper(query: Array, key: Array, value: Array, spec: Spec) -> bool:
-    """Whether the forward pass is that of kernels/interval_hopper.py."""
+    """Whether the forward pass is that of kernels/sm90/interval.py."""
     most_seen = spec.reach or key.shape[1]
     return most_seen >= tiling.INTERVAL_HOPPER_KEYS and interval_hopper.fits(query, value, spec.scale)
 

@@ -1,4 +1,4 @@
-"""Starts kernels/interval_hopper.py and interval_hopper_keys.py: compressed and sliding branch on Hopper GPUs."""
+"""Starts kernels/sm90/interval.py and interval_keys.py: compressed and sliding branch on Hopper GPUs."""
 
 from typing import NamedTuple
 

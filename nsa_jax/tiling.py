@@ -215,24 +215,24 @@ def hopper_keys_stages(key_width: int, value_width: int) -> int:
     return min(_HOPPER_KEYS_STAGES, room // (_HOPPER_KEYS_ROWS * (row + _HOPPER_KEYS_STATISTICS)))
 
 
-INTERVAL_HOPPER_ROWS = 192  # of a unit of kernels/interval_hopper.py
+INTERVAL_HOPPER_ROWS = 192  # of a unit of kernels/sm90/interval.py
 INTERVAL_HOPPER_KEYS = 512  # seen by a query at most: where it is fewer, beginning and ending a unit costs too much
 
 
 def interval_hopper(capability: int, widths: Sequence[int], itemsize: int, group: int) -> bool:
-    """Whether kernels/interval_hopper.py is for this architecture and shape; arguments as in `selected_hopper`."""
+    """Whether kernels/sm90/interval.py is for this architecture and shape; arguments as in `selected_hopper`."""
     fits = all(width in (64, 128) for width in widths) and group in (1, 2, 4, 8, 16, 32, 64, 128)
     return capability == 90 and itemsize == 2 and fits
 
 
 def interval_hopper_stages(key_width: int, value_width: int) -> int:
-    """Slots of the ring of kernels/interval_hopper.py, beside the queries of two units, for elements of two bytes."""
+    """Slots of the ring of kernels/sm90/interval.py, beside the queries of two units, for elements of two bytes."""
     room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - 2 * 2 * INTERVAL_HOPPER_ROWS * key_width
     return min(_HOPPER_STAGES, room // (2 * HOPPER_KEYS * (key_width + value_width)))
 
 
 def interval_hopper_shares(programs: int, rows: int, reach: int) -> int:
-    """Into how many shares the rows of kernels/interval_hopper_keys.py are cut, so that few key tiles fill the GPU.
+    """Into how many shares the rows of kernels/sm90/interval_keys.py are cut, so that few key tiles fill the GPU.
 
     Args:
         programs: key tiles of all heads and rows of the batch.

@@ -46,11 +46,11 @@ class Program:
     @gluon.jit
     def intervals(self, shape, layout: gl.constexpr):
         """The queries [begin, end) that see each key [KEYS], and which keys are real."""
-        place = self.tile * KEYS + gl.arange(0, KEYS, layout=layout)
+        number = self.tile * KEYS + gl.arange(0, KEYS, layout=layout)
         base = self.row.to(gl.int64) * shape.C
-        inside = place < shape.C
-        begin = gl.load(self.query_begin + base + place, mask=inside, other=0)
-        return begin, gl.load(self.query_end + base + place, mask=inside, other=0), inside
+        inside = number < shape.C
+        begin = gl.load(self.query_begin + base + number, mask=inside, other=0)
+        return begin, gl.load(self.query_end + base + number, mask=inside, other=0), inside
 
     @gluon.jit
     def slots(self, begin, end, shape):
