@@ -1,4 +1,4 @@
-"""Two programs of a Hopper GPU (sm_90) that run as one cluster: barriers of both, copies into both.
+"""Two programs of a Hopper GPU (sm_90) that run as one cluster: their walks, and the ring into which both copy.
 
 A kernel that calls `meet` is launched in clusters of two (nsa_jax/runtime/jax_triton_gluon.py): the lowest bit of
 program_id is a program's rank in its pair. Triton knows nothing of it, and the addresses of barriers and tiles that it
@@ -7,8 +7,9 @@ gives to assembly lack the rank, which those of a cluster have in their upper ei
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .rows import WIDTH
+from .ptx import arrive_in_pair, wait_in_pair
 
 
 @gluon.jit
@@ -16,73 +17,78 @@ def rank_in_pair():
     return gl.program_id(0) % 2
 
 
-@gluon.jit
-def meet():
-    """Waits until all warps of both programs are here: each calls it once, before it has to do with the other."""
-    gl.inline_asm("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", "~{memory}", [])
+@gluon.aggregate
+class Walk:
+    """The walk of a unit: pointers, where its entries begin there, and its steps."""
+
+    begins: gl.tensor
+    members: gl.tensor
+    at: gl.tensor
+    steps: gl.tensor
+
+    @gluon.jit
+    def step(self, i, SHAPE: gl.constexpr):
+        """Step i, or the last: the first key, and who wants the block."""
+        begins, members = self.begins + self.at, self.members + self.at
+        i = gl.maximum(gl.minimum(i, self.steps - 1), 0)
+        return gl.load(begins + i // SHAPE.PIECES) + i % SHAPE.PIECES * SHAPE.KEYS, gl.load(members + i // SHAPE.PIECES)
 
 
-@gluon.jit
-def wait(barrier, phase, rank):
-    """Waits, each thread for itself, until this program's barrier has completed the phase of that parity."""
-    gl.inline_asm(
-        "{ .reg .pred done; .reg .u32 at; shl.b32 at, $2, 24; or.b32 at, at, $0;"
-        " AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [at], $1; @!done bra AGAIN; }",
-        "r,r,r,~{memory}",
-        [barrier, phase, rank],
-    )
+@gluon.aggregate
+class Walks:
+    """Pointers to the walks of all units, see `walk_in_pairs` of ../block_lists.py."""
+
+    begins: gl.tensor
+    members: gl.tensor
+    counts: gl.tensor
+
+    @gluon.jit
+    def of(self, pair, rank, SHAPE: gl.constexpr):
+        """The `Walk` of a unit."""
+        at = (pair.to(gl.int64) * 2 + rank) * SHAPE.ENTRIES
+        return Walk(self.begins, self.members, at, gl.load(self.counts + pair) * SHAPE.PIECES)
 
 
-@gluon.jit
-def arrive(barrier, rank):
-    """Arrives once for this warp, when all its threads are here, at this program's barrier."""
-    gl.inline_asm(
-        "{ .reg .pred first; .reg .u32 lane, at; bar.warp.sync 0xffffffff; mov.u32 lane, %laneid;"
-        " setp.eq.u32 first, lane, 0; shl.b32 at, $1, 24; or.b32 at, at, $0;"
-        " @first mbarrier.arrive.shared::cta.b64 _, [at]; }",
-        "r,r,~{memory}",
-        [barrier, rank],
-    )
+@gluon.aggregate
+class PairedRing:
+    """Slots for keys and values, and per slot a barrier for "full", one for "empty", one for "empty in the other".
 
-
-@gluon.jit
-def arrive_at_other(barrier, rank):
-    """Arrives once for this warp at the other program's barrier."""
-    gl.inline_asm(
-        "{ .reg .pred first; .reg .u32 lane, at; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
-        " mapa.shared::cluster.u32 at, $0, $1; @first mbarrier.arrive.shared::cluster.b64 _, [at]; }",
-        "r,r,~{memory}",
-        [barrier, rank ^ 1],
-    )
-
-
-@gluon.constexpr_function
-def _copies(parameter, columns, rows):
-    """Assembly that copies a tile of so many columns and rows from the tensor map in a parameter of the kernel."""
-    pieces = (
-        f"add.u32 at, tile, {i * 2 * rows * WIDTH.value}; add.u32 x, $1, {i * WIDTH.value}; @first"
-        " cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [at], [source, {x, $2, $3}], [barrier], both;"
-        for i in range(columns // WIDTH.value)
-    )
-    return (
-        "{ .reg .pred first; .reg .u32 lane, at, x, tile, barrier; .reg .b64 source; .reg .b16 both; mov.b16 both, 3;"
-        " bar.warp.sync 0xffffffff; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; shl.b32 at, $5, 24;"
-        " or.b32 tile, at, $0; or.b32 barrier, at, $4;"
-        f" mov.b64 source, {parameter}; cvta.param.u64 source, source; {' '.join(pieces)} }}"
-    )
-
-
-@gluon.jit
-def copy_to_both(
-    parameter: gl.constexpr, row, first, column, barrier, tile, rank, COLUMNS: gl.constexpr, ROWS: gl.constexpr
-):
-    """As tma.async_load of [1, ROWS, COLUMNS] at [row, first, column], into this tile and barrier of both programs.
-
-    Begins when all threads of the warp are here: none is left waiting for what comes before.
-
-    parameter: the descriptor's name in PTX, KERNEL_param_I, where a descriptor of three axes before it counts as seven.
-    Assembly can take no descriptor.
+    The n-th block that is put into the ring lies in slot n % STAGES.
     """
-    asm: gl.constexpr = _copies(parameter, COLUMNS, ROWS)
-    gl.inline_asm(asm, "r,r,r,r,r,r,~{memory}", [tile, column, first, row, barrier, rank])
+
+    keys: gl.shared_memory_descriptor
+    values: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def wait_empty(self, n):
+        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def wait_full(self, n, rank):
+        wait_in_pair(self.full.index(n % self.STAGES), (n // self.STAGES) & 1, rank)
+
+    @gluon.jit
+    def release(self, n, rank):
+        arrive_in_pair(self.empty.index(n % self.STAGES), rank)
+
+
+@gluon.jit
+def allocate(key, value, WARPS: gl.constexpr, SHAPE: gl.constexpr):
+    """The ring of a program, whose slots so many warps give back."""
+    STAGES: gl.constexpr = SHAPE.STAGES
+    keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, SHAPE.KEYS, SHAPE.K], key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, SHAPE.KEYS, SHAPE.V], value.layout)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    ready = mbarrier.allocate_mbarrier(batch=STAGES)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=WARPS)
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    gl.barrier()
+    return PairedRing(keys, values, full, empty, ready, STAGES)

@@ -73,6 +73,108 @@ def or_of_thread(x):
     return gl.inline_asm(_or_all, ("=&r", "r"), [x], gl.int32)
 
 
+def warp_index():
+    """The index of this warp: a scalar that differs by warp."""
+    return gl.inline_asm(
+        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;", "=r", [], gl.int32
+    )
+
+
+@gluon.jit
+def set_bits(x):
+    """How many bits of x are set."""
+    return gl.inline_asm("popc.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=True)
+
+
+@gluon.constexpr_function
+def _tied(count):
+    """Constraints of an instruction that gives back `count` floats as it gets them."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)])
+
+
+@gluon.jit
+def await_products(tensor, PENDING: gl.constexpr, WARPS: gl.constexpr):
+    """The tensor of an asynchronous product of WARPS warps, when only the last PENDING (0 or 1) products may still run.
+
+    `warpgroup_mma_wait` would have warpgroups of one partition wait for each other.
+    """
+    count: gl.constexpr = tensor.numel // (32 * WARPS)
+    asm: gl.constexpr = "wgmma.wait_group.sync.aligned 1;" if PENDING == 1 else "wgmma.wait_group.sync.aligned 0;"
+    return gl.inline_asm(asm, _tied(count), [tensor], tensor.type)
+
+
+@gluon.jit
+def meet():
+    """Waits until all warps of both programs are here: each calls it once, before it has to do with the other."""
+    gl.inline_asm("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", "~{memory}", [])
+
+
+@gluon.jit
+def wait_in_pair(barrier, phase, rank):
+    """Waits, each thread for itself, until this program's barrier has completed the phase of that parity."""
+    gl.inline_asm(
+        "{ .reg .pred done; .reg .u32 at; shl.b32 at, $2, 24; or.b32 at, at, $0;"
+        " AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [at], $1; @!done bra AGAIN; }",
+        "r,r,r,~{memory}",
+        [barrier, phase, rank],
+    )
+
+
+@gluon.jit
+def arrive_in_pair(barrier, rank):
+    """Arrives once for this warp, when all its threads are here, at this program's barrier."""
+    gl.inline_asm(
+        "{ .reg .pred first; .reg .u32 lane, at; bar.warp.sync 0xffffffff; mov.u32 lane, %laneid;"
+        " setp.eq.u32 first, lane, 0; shl.b32 at, $1, 24; or.b32 at, at, $0;"
+        " @first mbarrier.arrive.shared::cta.b64 _, [at]; }",
+        "r,r,~{memory}",
+        [barrier, rank],
+    )
+
+
+@gluon.jit
+def arrive_at_other(barrier, rank):
+    """Arrives once for this warp at the other program's barrier."""
+    gl.inline_asm(
+        "{ .reg .pred first; .reg .u32 lane, at; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
+        " mapa.shared::cluster.u32 at, $0, $1; @first mbarrier.arrive.shared::cluster.b64 _, [at]; }",
+        "r,r,~{memory}",
+        [barrier, rank ^ 1],
+    )
+
+
+@gluon.constexpr_function
+def _copies(parameter, columns, rows):
+    """Assembly that copies a tile, 64 columns at once, from the tensor map in a parameter of the kernel."""
+    pieces = (
+        f"add.u32 at, tile, {i * 2 * rows * 64}; add.u32 x, $1, {i * 64}; @first"
+        " cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [at], [source, {x, $2, $3}], [barrier], both;"
+        for i in range(columns // 64)
+    )
+    return (
+        "{ .reg .pred first; .reg .u32 lane, at, x, tile, barrier; .reg .b64 source; .reg .b16 both; mov.b16 both, 3;"
+        " bar.warp.sync 0xffffffff; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; shl.b32 at, $5, 24;"
+        " or.b32 tile, at, $0; or.b32 barrier, at, $4;"
+        f" mov.b64 source, {parameter}; cvta.param.u64 source, source; {' '.join(pieces)} }}"
+    )
+
+
+@gluon.jit
+def copy_to_both(
+    parameter: gl.constexpr, row, first, column, barrier, tile, rank, COLUMNS: gl.constexpr, ROWS: gl.constexpr
+):
+    """As tma.async_load of [1, ROWS, COLUMNS] at [row, first, column], into this tile and barrier of both programs.
+
+    Begins when all threads of the warp are here: none is left waiting for what comes before.
+
+    parameter: the descriptor's name in PTX, KERNEL_param_I, where a descriptor of three axes before it counts as seven.
+    Assembly can take no descriptor.
+    """
+    asm: gl.constexpr = _copies(parameter, COLUMNS, ROWS)
+    gl.inline_asm(asm, "r,r,r,r,r,r,~{memory}", [tile, column, first, row, barrier, rank])
+
+
 @gluon.constexpr_function
 def _clear(columns):
     """Assembly that overwrites two rows of this lane with zeros, each if its flag is set."""

@@ -10,19 +10,29 @@ that few want is multiplied by each warp that wants it, for itself (`mma_v2`, 16
 reads the keys anew); one that at least TOGETHER tokens of a warpgroup want, by its four warps together
 (`warpgroup_mma`, 64 rows).
 
-So the eight warps, one partition to Gluon, branch each on its own, on scalars that differ by warp (`_warp`). That is
-sound while nothing in there makes warps wait for others, no `bar.sync` in the PTX, which tests/test_lowering.py counts:
-products are waited for at once or by `_finished`, mbarriers waited for and arrived at in assembly, and no layout change
-goes through shared memory (`assert_trivial`).
+So the eight warps, one partition to Gluon, branch each on its own, on scalars that differ by warp (`warp_index`). That
+is sound while nothing in there makes warps wait for others, no `bar.sync` in the PTX, which tests/test_lowering.py
+counts: products are waited for at once or by `_finished`, mbarriers waited for and arrived at in assembly, and no
+layout change goes through shared memory (`assert_trivial`).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2, tma, warpgroup_mma
 
 from ..block_lists import SHARED
-from .pairs import arrive, arrive_at_other, copy_to_both, meet, rank_in_pair, wait
+from .pairs import Walks, allocate, rank_in_pair
+from .ptx import (
+    arrive_at_other,
+    arrive_in_pair,
+    await_products,
+    copy_to_both,
+    meet,
+    set_bits,
+    wait_in_pair,
+    warp_index,
+)
 from .rows import LN2, LOG2E, as_columns, as_rows, store_rows
 
 WARPS = gl.constexpr(8)
@@ -34,25 +44,6 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
 
 
-@gluon.jit
-def _warp():
-    """The index of this warp: a scalar that differs by warp."""
-    return gl.inline_asm(
-        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;", "=r", [], gl.int32
-    )
-
-
-@gluon.jit
-def _set_bits(x):
-    return gl.inline_asm("popc.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=True)
-
-
-@gluon.constexpr_function
-def _tied(count):
-    """Constraints of an instruction that gives back `count` floats as it gets them."""
-    return ",".join(["=f"] * count + [str(i) for i in range(count)])
-
-
 @builtin
 def _result(product, _semantic=None):
     return gl.tensor(product.handle, product.type.tensor_type)
@@ -60,14 +51,8 @@ def _result(product, _semantic=None):
 
 @gluon.jit
 def _finished(product, PENDING: gl.constexpr):
-    """The tensor of an asynchronous product, when of all of them only the last PENDING may still run.
-
-    `warpgroup_mma_wait` would have the two warpgroups wait for each other.
-    """
-    tensor = _result(product)
-    count: gl.constexpr = tensor.numel // (32 * WARPS)
-    asm: gl.constexpr = "wgmma.wait_group.sync.aligned 1;" if PENDING == 1 else "wgmma.wait_group.sync.aligned 0;"
-    return gl.inline_asm(asm, _tied(count), [tensor], tensor.type)
+    """The tensor of an asynchronous product, when of all of them only the last PENDING may still run."""
+    return await_products(_result(product), PENDING, WARPS)
 
 
 @gluon.jit
@@ -83,7 +68,7 @@ def _wanted(wanted_by, warp, local, SHAPE: gl.constexpr):
     """Whether this warp wants a block, which rows do, of this warp, and whether its warpgroup multiplies it as one."""
     mine = _bits(wanted_by, warp, 16, SHAPE.G) != 0
     live = ((wanted_by >> local) & 1 == 1) if SHAPE.G < 16 else mine
-    return mine, live, _set_bits(_bits(wanted_by, warp, 64, SHAPE.G)) >= SHAPE.TOGETHER
+    return mine, live, set_bits(_bits(wanted_by, warp, 64, SHAPE.G)) >= SHAPE.TOGETHER
 
 
 @gluon.aggregate
@@ -124,88 +109,11 @@ def _rows(pair, rank, layout: gl.constexpr, SHAPE: gl.constexpr):
     return Rows(base, token, local * SHAPE.N + row % SHAPE.G, at + local < SHAPE.T, local)
 
 
-@gluon.aggregate
-class Walk:
-    """The walk of a unit: pointers, where its entries begin there, and its steps."""
-
-    begins: gl.tensor
-    members: gl.tensor
-    at: gl.tensor
-    steps: gl.tensor
-
-    @gluon.jit
-    def step(self, i, SHAPE: gl.constexpr):
-        """Step i, or the last: the first key, and who wants the block."""
-        begins, members = self.begins + self.at, self.members + self.at
-        i = gl.maximum(gl.minimum(i, self.steps - 1), 0)
-        return gl.load(begins + i // SHAPE.PIECES) + i % SHAPE.PIECES * SHAPE.KEYS, gl.load(members + i // SHAPE.PIECES)
-
-
-@gluon.aggregate
-class Walks:
-    """Pointers to the walks of all units, see `walk_in_pairs` of ../block_lists.py."""
-
-    begins: gl.tensor
-    members: gl.tensor
-    counts: gl.tensor
-
-    @gluon.jit
-    def of(self, pair, rank, SHAPE: gl.constexpr):
-        """The `Walk` of a unit."""
-        at = (pair.to(gl.int64) * 2 + rank) * SHAPE.ENTRIES
-        return Walk(self.begins, self.members, at, gl.load(self.counts + pair) * SHAPE.PIECES)
-
-
 @gluon.jit
 def _hide(score, first, row_place, layout: gl.constexpr, KEYS: gl.constexpr):
     """score [ROWS, KEYS], -inf at keys behind the row's place."""
     where = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
     return gl.where(where[None, :] <= row_place[:, None], score, float("-inf"))
-
-
-@gluon.aggregate
-class Ring:
-    """Slots for keys and values, and per slot a barrier for "full", one for "empty", one for "empty in the other".
-
-    The n-th block that is put into the ring lies in slot n % STAGES.
-    """
-
-    keys: gl.shared_memory_descriptor
-    values: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-    ready: gl.shared_memory_descriptor
-    STAGES: gl.constexpr
-
-    @gluon.jit
-    def wait_empty(self, n):
-        mbarrier.wait(self.empty.index(n % self.STAGES), ((n // self.STAGES) & 1) ^ 1)
-
-    @gluon.jit
-    def wait_full(self, n, rank):
-        wait(self.full.index(n % self.STAGES), (n // self.STAGES) & 1, rank)
-
-    @gluon.jit
-    def release(self, n, rank):
-        arrive(self.empty.index(n % self.STAGES), rank)
-
-
-@gluon.jit
-def _ring(key, value, SHAPE: gl.constexpr):
-    """The ring of a program."""
-    STAGES: gl.constexpr = SHAPE.STAGES
-    keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, SHAPE.KEYS, SHAPE.K], key.layout)
-    values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, SHAPE.KEYS, SHAPE.V], value.layout)
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    ready = mbarrier.allocate_mbarrier(batch=STAGES)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=WARPS)
-        mbarrier.init(ready.index(i), count=1)
-    fence_async_shared()
-    gl.barrier()
-    return Ring(keys, values, full, empty, ready, STAGES)
 
 
 @gluon.jit
@@ -231,12 +139,12 @@ def _copy_blocks(key, value, walks, ring, KERNEL: gl.constexpr, SHAPE: gl.conste
             ring.wait_empty(n)
             full = ring.full.index(slot)
             if wanted_by == 0:
-                arrive(full, rank)
+                arrive_in_pair(full, rank)
             else:
                 mbarrier.expect(full, 2 * KEYS * (K + V))
                 if wanted_by >= SHARED:
                     arrive_at_other(ring.ready.index(slot), rank)
-                    wait(ring.ready.index(slot), (phases >> slot) & 1, rank)
+                    wait_in_pair(ring.ready.index(slot), (phases >> slot) & 1, rank)
                     phases ^= 1 << slot
                     if rank == 0:
                         copy_to_both(KEY, batch, first, head * K, full, ring.keys.index(slot), rank, K, KEYS)
@@ -277,7 +185,7 @@ def _attend(query, place, walks, edges, sight, output, lse, ring, SHAPE: gl.cons
     group_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, V, 16])
     FACTOR: gl.constexpr = SHAPE.SCALE * LOG2E
     dtype: gl.constexpr = query.dtype.element_ty
-    warp = _warp()
+    warp = warp_index()
     rank = rank_in_pair()
     meet()
     n = 0
@@ -335,7 +243,7 @@ def forward(query, key, value, place, begins, members, counts, edges, sight, out
 
     sight int8 [B, T, H] tells what a query sees: nothing (0), what is finite (1), something that is not (2).
     """
-    ring = _ring(key, value, SHAPE)
+    ring = allocate(key, value, WARPS, SHAPE)
     walks = Walks(begins, members, counts)
     gl.warp_specialize(
         [
@@ -375,7 +283,7 @@ def _differentiate(
     PART: gl.constexpr = 16
     FACTOR: gl.constexpr = SHAPE.SCALE * LOG2E
     dtype: gl.constexpr = query.dtype.element_ty
-    warp = _warp()
+    warp = warp_index()
     rank = rank_in_pair()
     meet()
     n = 0
@@ -474,7 +382,7 @@ def backward_query(
     HAS_BEFORE: gl.constexpr,
 ):
     """d_query [B, T, N, K] and delta float32 [B, T, N], as ../selected.py's `backward_query`. Grid: as `forward`."""
-    ring = _ring(key, value, SHAPE)
+    ring = allocate(key, value, WARPS, SHAPE)
     walks = Walks(begins, members, counts)
     branch = Branch(d_output, output, lse, weight, d_lse)
     gl.warp_specialize(

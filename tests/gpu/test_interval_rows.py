@@ -112,7 +112,8 @@ class Hopper(Portable):
             kernels.backward_key_value, launch.row_pieces(query, self.group), launch.key_pieces(key),
             launch.key_pieces(value), launch.row_pieces(d_output, self.group), lse, delta, weight, query_begin,
             query_end, name="test", outputs=outputs, programs=tiles * H, warps=4, stages=1,
-            registers=tiling.HOPPER_KEYS_REGISTERS, flops=0, TILES=tiles, SPLITS=1, STAGES=tiling.hopper_keys_stages(self.width, self.width), **self._shape(),
+            registers=tiling.HOPPER_KEYS_REGISTERS, flops=0, TILES=tiles, SPLITS=1,
+            STAGES=tiling.hopper_keys_stages(self.width, self.width), **self._shape(),
         )  # fmt: skip
 
 

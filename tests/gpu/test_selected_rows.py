@@ -39,7 +39,7 @@ class Case:
         rng = np.random.default_rng(T)
         starts = np.array([0, 3 * C // 7])  # of the segments
         place = rng.integers(0, C, T)
-        place[5:12] = 4 * C // 7  # candidates at one place
+        place[5 : 5 + T // 2] = 4 * C // 7  # candidates at one place, more than a block has keys
         place[list(BLIND)] = C - 1
         if in_order:
             place = np.sort(place)
@@ -291,7 +291,7 @@ def like(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-PORTABLE = {"pointers": (20, 0), "descriptors": (16, 0), "window": (16, 19)}
+PORTABLE = {"pointers": (20, 16, 0), "descriptors": (16, 32, 0), "window": (16, 16, 3)}
 HOPPER = {f"hopper {group} {width}": (group, width) for group, width in ((16, 128), (8, 64), (64, 128), (128, 64))}
 
 
@@ -301,9 +301,9 @@ def kernels_of(request):
     if request.param in HOPPER:
         request.getfixturevalue("hopper")
         group, width = HOPPER[request.param]
-        return lambda in_order: Hopper(Case(150, 450, group, width, 128, 0, jnp.bfloat16, in_order))
-    width, window = PORTABLE[request.param]
-    return lambda in_order: Portable(Case(41, 90, 3, width, 32, window, jnp.float32, in_order))
+        return lambda in_order: Hopper(Case(310, 450, group, width, 128, 0, jnp.bfloat16, in_order))
+    width, block, window = PORTABLE[request.param]
+    return lambda in_order: Portable(Case(45, 90, 3, width, block, window, jnp.float32, in_order))
 
 
 def poisoned(x, which):
