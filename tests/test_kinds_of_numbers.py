@@ -35,7 +35,8 @@ def holds_64_bits(array):
 def test_segment_ids_are_compared_whole(array_of, dtype):
     most, unsigned = np.iinfo(dtype).max, dtype.startswith("u")
     low = 2 ** (np.iinfo(dtype).bits // 2)  # ids that agree in their lower half
-    numbers = np.repeat([5, 5 + low, most, most - 1, 7 if unsigned else -1, 5], [9, 8, 7, 6, 4, 6])[None]
+    different = np.asarray([5, 5 + low, most, most - 1, 7 if unsigned else -1, 5], dtype)
+    numbers = np.repeat(different, [9, 8, 7, 6, 4, 6])[None]
     ids = array_of(numbers, dtype)
     if dtype.endswith("64") and not holds_64_bits(ids):
         pytest.skip("JAX has no 64 bits here")
