@@ -115,7 +115,7 @@ def test_numpy_integers_are_ints():
 
 def test_a_window_longer_than_the_row():
     _, key, _ = qkv(0, 1, T, 2, 1, 8, 8)
-    for window, stride in ((64, 1), (10**6, 1), (2**40, 2**40)):
+    for window, stride in ((64, 1), (10**4, 1), (2**40, 2**40)):
         memory = jax.jit(functools.partial(nsa_jax.compress, window=window, stride=stride)).lower(key).compile()
         assert memory.memory_analysis().temp_size_in_bytes < 2**20
         assert not np.asarray(nsa_jax.compress(key, window=window, stride=stride)).any()

@@ -94,8 +94,8 @@ def test_a_wrong_argument_is_named(op, name):
     arguments, faults = OPS[op], []
     for kind, value in (WRONG | NUMBERS).items():
         optional = kind in NUMBERS and takes(name, kind, arguments[name])
-        if kind == "NumPy array of float64":
-            value = np.zeros(getattr(arguments[name], "shape", (B, T, N, K)))
+        if kind in ("NumPy array of float64", "float8"):
+            value = np.zeros(getattr(arguments[name], "shape", (B, T, N, K)), getattr(value, "dtype", None))
         try:
             jax.eval_shape(lambda value=value: op(**{**arguments, name: value}))
         except (TypeError, ValueError) as error:
