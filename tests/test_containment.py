@@ -381,7 +381,6 @@ def test_picks_of_what_is_not_seen(queries, sizes, implementation):
         picks = np.asarray(select(*poisoned))
         is_same(picks, expected, mine["query"])
         np.testing.assert_array_equal(picks[~setting.valid], -1)
-        np.testing.assert_array_equal((picks >= 0).sum(-1), (expected >= 0).sum(-1))
         assert (picks <= expected.max(axis=-1, keepdims=True)).all()  # the query's own block is always picked
         assert ((picks[..., 1:] > picks[..., :-1]) | (picks[..., 1:] < 0)).all()
         np.testing.assert_array_equal(np.asarray(select(*poisoned)), picks)

@@ -1,13 +1,10 @@
 """Selection's Gluon kernel for Hopper GPUs against plain jnp, in bfloat16 and float16."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_same_bits, float32_of, normal, packing, row
-from test_selection import (
+from test_block_selection import (
     arrays,
     assert_nan_stays_where_it_is,
     assert_packed_equals_alone,
@@ -20,7 +17,8 @@ from test_selection import (
     select,
 )
 
-from nsa_jax import select_blocks, tiling
+from nsa_jax import tiling
+from nsa_jax.gpu import backends
 from nsa_jax.gpu.sm90 import block_selection
 
 # packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init_blocks, num_local_blocks)
@@ -51,7 +49,8 @@ def test_matches_reference(hopper, case):
     packed, T, G, H, K, block_size, window, stride, S, dtype, (num_init, num_local) = case
     segment_ids = packing(T) if packed else None
     query, key, lse = arrays(T, 2 if packed else 1, T, G * H, H, K, window, stride, segment_ids, dtype)
-    assert block_selection.supports(query, key, min(S, -(-T // block_size)), block_size // stride)
+    count = min(S, -(-T // block_size))
+    assert backends.block_selection(query, key, count, block_size // stride) is block_selection
     options = {
         "block_size": block_size, "window": window, "stride": stride, "segment_ids": segment_ids,
         "num_init_blocks": num_init, "num_local_blocks": num_local,
@@ -153,14 +152,6 @@ def test_packed_equals_alone(hopper):
 def test_nan_on_padding_and_in_empty_slots_stays_there(hopper):
     segment_ids = packing(163)
     assert_nan_stays_where_it_is(arrays(7, 2, 163, 32, 2, 64, 8, 4, segment_ids, "bfloat16"), segment_ids)
-
-
-@pytest.mark.gpu
-def test_vmap_equals_a_loop(hopper):
-    run = functools.partial(select_blocks, block_counts=3, block_size=16, implementation="triton")
-    inputs = [arrays(seed, 1, 90, 16, 1, 64, 16, 16, dtype="bfloat16") for seed in (8, 9)]
-    inputs = [jnp.stack(pair) for pair in zip(*inputs, strict=True)]
-    assert_same_bits(jax.jit(jax.vmap(run))(*inputs), [run(*(x[i] for x in inputs)) for i in range(2)])
 
 
 def test_where_it_is_used():
