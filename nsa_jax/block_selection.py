@@ -71,12 +71,14 @@ def select_blocks(
         block_size if window is None else window, block_size if stride is None else stride, block_size
     )
     length = checks.key_length(key_length, query, query_indices, segment_ids)
-    checks.attention_arrays(query, compressed_key, None, length // stride, prefix="compressed_")
+    checks.query_and_key(query, compressed_key, length // stride, prefix="compressed_")
     checks.lse(lse, query)
     block_counts = checks.block_counts(block_counts, query, compressed_key)
     num_blocks = -(-length // block_size)
     if max_block_count is None:
-        max_block_count = block_counts if isinstance(block_counts, int) else num_blocks
+        max_block_count = num_blocks
+        if isinstance(block_counts, int):
+            max_block_count = checks.integer("block_counts", block_counts, 0, checks.MOST_INT)
     num_init_blocks, num_local_blocks = checks.forced_blocks(num_init_blocks, num_local_blocks)
     options = {
         "max_block_count": checks.max_block_count(max_block_count),

@@ -94,6 +94,12 @@ def run(
     return outputs, lses
 
 
+def nothing_seen(query: Array, value: Array) -> tuple[Array, Array]:
+    """The output [B, Tq, N, V] and lse [B, Tq, N] of queries that see nothing: zeros and -inf."""
+    B, Tq, N, _ = query.shape
+    return jnp.zeros((B, Tq, N, value.shape[-1]), query.dtype), jnp.full((B, Tq, N), -jnp.inf, jnp.float32)
+
+
 def tainted(lse: Array, heads: int) -> Array:
     """bool [B, Tq, H]: whose blocks were selected by an lse that is NaN, since a value that was seen is not finite."""
     batch, length, query_heads = lse.shape

@@ -18,18 +18,27 @@ Array = jax.Array
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 MOST_WIDTH = 256
+MOST_INT = 2**31 - 1  # that a size can be
 MOST_TEXT = 120  # characters of a value in a message
 BLOCK_SIZES = (16, 32, 64, 128)
 IMPLEMENTATIONS = (None, "triton", "xla")
 
 
-def attention_arrays(query: Array, key: Array, value: Array | None, keys: int | str, *, prefix: str = "") -> None:
-    """Query [B, Tq, N, K], key [B, C, H, K], value [B, C, H, V], one float dtype, N a multiple of H.
+def attention_arrays(query: Array, key: Array, value: Array, keys: int | str, *, prefix: str = "") -> None:
+    """As `query_and_key`, and value [B, C, H, V] of the same dtype."""
+    query_and_key(query, key, keys, prefix=prefix)
+    _shape(f"{prefix}value", value, (*key.shape[:3], "V"))
+    _width(f"{prefix}value", value, "V")
+    _dtype_of_query(f"{prefix}value", value, query)
+
+
+def query_and_key(query: Array, key: Array, keys: int | str, *, prefix: str = "") -> None:
+    """Query [B, Tq, N, K], key [B, C, H, K] of one float dtype, N a multiple of H.
 
     Args:
-        query, key, value: the arrays; value None where the op takes none.
+        query, key: the arrays.
         keys: C, or a letter where there may be any number of keys but 0.
-        prefix: of the names "key" and "value" in messages.
+        prefix: of the name "key" in messages.
     """
     _shape("query", query, ("B", "Tq", "N", "K"))
     B, Tq, N, K = query.shape
@@ -42,13 +51,8 @@ def attention_arrays(query: Array, key: Array, value: Array | None, keys: int | 
         raise ValueError(f"{prefix}key: expected at least one token, got {list(key.shape)}")
     if H < 1 or N % H:
         raise ValueError(f"query: expected N heads, a multiple of the H = {H} heads of {prefix}key, got N = {N}")
-    if value is not None:
-        _shape(f"{prefix}value", value, (B, C, H, "V"))
-        _width(f"{prefix}value", value, "V")
     _float("query", query)
-    for name, array in ((f"{prefix}key", key), (f"{prefix}value", value)):
-        if array is not None and array.dtype != query.dtype:
-            raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {array.dtype}")
+    _dtype_of_query(f"{prefix}key", key, query)
 
 
 def query_length(query: Array, query_indices: Array | None) -> int | str:
@@ -60,6 +64,8 @@ def query_length(query: Array, query_indices: Array | None) -> int | str:
 def key_length(length: int | None, query: Array, query_indices: Array | None, segment_ids: Array | None) -> int:
     """T, the tokens of the key row, where an op is not given the key row itself."""
     _shape("query", query, ("B", "Tq", "N", "K"))
+    if query_indices is not None:
+        _integer_array("query_indices", query_indices, query.shape[:2])
     if query_indices is None:
         known, why = query.shape[1], "as many as queries, which stand at one token each without query_indices"
     elif segment_ids is not None:
@@ -71,9 +77,9 @@ def key_length(length: int | None, query: Array, query_indices: Array | None, se
         if known is None:
             raise ValueError("key_length: expected the tokens of the key row, as query_indices are given, got None")
         return known
-    length = integer("key_length", length, 1)
+    length = integer("key_length", length, 1, MOST_INT)
     if known is not None and length != known:
-        raise ValueError(f"key_length: expected {known}, {why}, got {length}")
+        raise ValueError(f"key_length: expected {known}, {why}, got {_short(length)}")
     return length
 
 
@@ -85,7 +91,7 @@ def query_indices(array: Array | None, query: Array) -> Array | None:
 def gate(name: str, value: Array | float, query: Array) -> Array:
     """A gate [B, Tq, N] of a float dtype; of a number the array [] that holds it."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return np.asarray(value, np.float32)
+        return np.asarray(_as_float(value), np.float32)
     _shape(name, value, query.shape[:3], "an array, a Python number or None")
     _float(name, value)
     return jnp.asarray(value)
@@ -128,7 +134,7 @@ def block_counts(counts: int | Array, query: Array, key: Array) -> int | Array:
 
 def as_int32(counts: int | Array) -> Array:
     """Checked block counts as an int32 array; a number that int32 can't hold means all blocks anyway."""
-    return np.asarray(min(counts, 2**31 - 1), np.int32) if isinstance(counts, int) else counts
+    return np.asarray(min(counts, MOST_INT), np.int32) if isinstance(counts, int) else counts
 
 
 def cu_seqlens(array: Array) -> Array:
@@ -190,11 +196,11 @@ def windows(
     """
     window, stride = integer(names[0], window, 1), integer(names[1], stride, 1)
     if window % stride:
-        raise ValueError(f"{names[1]}: expected a divisor of {names[0]} = {window}, got {stride}")
+        raise ValueError(f"{names[1]}: expected a divisor of {names[0]} = {_short(window)}, got {_short(stride)}")
     if block_size is not None and block_size % stride:
-        raise ValueError(f"{names[1]}: expected a divisor of block_size = {block_size}, got {stride}")
+        raise ValueError(f"{names[1]}: expected a divisor of block_size = {block_size}, got {_short(stride)}")
     if block_size is not None and window > block_size:
-        raise ValueError(f"{names[0]}: expected at most block_size = {block_size}, got {window}")
+        raise ValueError(f"{names[0]}: expected at most block_size = {block_size}, got {_short(window)}")
     return window, stride
 
 
@@ -210,7 +216,7 @@ def forced_blocks(num_init_blocks: int, num_local_blocks: int) -> tuple[int, int
 
 def max_block_count(count: int) -> int:
     """S, the most blocks a query selects."""
-    return integer("max_block_count", count, 0)
+    return integer("max_block_count", count, 0, MOST_INT)
 
 
 def scale(factor: float | None, query: Array) -> float:
@@ -222,10 +228,7 @@ def scale(factor: float | None, query: Array) -> float:
             f"scale: expected a Python number or None, got {_kind(factor)};"
             " the kernels take it at compile time, so multiply query by a traced scale instead"
         )
-    try:
-        number = float(factor)
-    except OverflowError:
-        number = math.inf
+    number = _as_float(factor)
     if not math.isfinite(number):
         raise ValueError(f"scale: expected a finite number, got {_short(factor)}")
     return number
@@ -238,7 +241,7 @@ def resolve_implementation(implementation: str | None) -> str:
         ValueError: the implementation is unknown.
         ImportError: "triton" was asked for, and Triton or jax-triton is not installed.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and not (isinstance(implementation, str) and implementation in IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected None, 'triton' or 'xla', got {_short(implementation)}")
     missing = device.triton_missing()
     if implementation == "triton" and missing:
@@ -248,18 +251,28 @@ def resolve_implementation(implementation: str | None) -> str:
     return implementation
 
 
-def integer(name: str, value: int, least: int) -> int:
-    """A Python or NumPy integer of at least `least`, as an int."""
+def integer(name: str, value: int, least: int, most: int | None = None) -> int:
+    """A Python or NumPy integer from `least` to `most`, as an int."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {_kind(value)}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {_short(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected at most {most}, got {_short(value)}")
     return int(value)
+
+
+def _as_float(number: numbers.Real) -> float:
+    """The number as a float, infinite where it is too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number)
 
 
 def _short(value) -> str:
     """The value as text of a length that a message can hold."""
-    text = reprlib.repr(value)
+    text = " ".join(reprlib.repr(value).split())
     return text if len(text) <= MOST_TEXT else text[: MOST_TEXT - 3] + "..."
 
 
@@ -288,6 +301,11 @@ def _shape(name: str, array: Array, shape: tuple[int | str, ...], expected: str 
 def _float(name: str, array: Array) -> None:
     if array.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected dtype bfloat16, float16 or float32, got {array.dtype}")
+
+
+def _dtype_of_query(name: str, array: Array, query: Array) -> None:
+    if array.dtype != query.dtype:
+        raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {array.dtype}")
 
 
 def _width(name: str, array: Array, letter: str) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 
 from nsa_jax import checks, meshes, reference
+from nsa_jax.branches import nothing_seen
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
 from nsa_jax.runtime.eager import one_program
@@ -80,6 +81,8 @@ def compressed_attention(
 @one_program
 def _attend(window, stride, length, scale, implementation, query, key, value, segment_ids, query_indices):
     """(output, lse) of checked arguments."""
+    if window > length:
+        return nothing_seen(query, value)
     if implementation == "triton":
         return _triton(window, stride, length, scale, query, key, value, segment_ids, query_indices)
     row = locate(segment_ids, query_indices, query.shape[0], length)
@@ -88,11 +91,8 @@ def _attend(window, stride, length, scale, implementation, query, key, value, se
 
 def _triton(window, stride, length, scale, query, key, value, segment_ids, query_indices):
     from nsa_jax.gpu import backends, interval
-    from nsa_jax.gpu.branch import nothing_seen
     from nsa_jax.runtime import device, transforms
 
-    if window > length:
-        return nothing_seen(query, value)
     query, key, value, segment_ids, query_indices = transforms.vary_together(
         (query, key, value, segment_ids, query_indices)
     )

@@ -45,7 +45,9 @@ def compress(x: Array, *, window: int, stride: int, segment_ids: Array | None = 
 @one_program
 def _compress(window: int, stride: int, x: Array, segment_ids: Array | None) -> Array:
     batch, length, heads, width = x.shape
-    if segment_ids is not None or length < window:
+    if length < window:
+        return jnp.zeros((batch, length // stride, heads, width), x.dtype)
+    if segment_ids is not None:
         return _gather_windows(window, stride, x.astype(jnp.float32), segment_ids).mean(axis=2).astype(x.dtype)
     slots = length // stride
     parts = x[:, : slots * stride].reshape(batch, slots, stride, heads, width).sum(axis=2, dtype=jnp.float32)
@@ -71,6 +73,7 @@ def gather_windows(x: Array, *, window: int, stride: int, segment_ids: Array | N
         ValueError: a shape, window or stride is not as above.
     """
     window, stride, segment_ids = _checked(x, window, stride, segment_ids)
+    checks.integer("window", window, 1, checks.MOST_INT)  # it is a size of the result
     gather = functools.partial(_gather_windows, window, stride)
     return meshes.partitioned(gather, (x, segment_ids), lambda x, *_: PartitionSpec(x[0], None, None, *x[2:]))
 

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 
 from nsa_jax import checks, meshes, reference
+from nsa_jax.branches import nothing_seen
 from nsa_jax.rows.intervals import sliding_intervals
 from nsa_jax.rows.queries import locate
 from nsa_jax.runtime.eager import one_program
@@ -71,6 +72,8 @@ def sliding_window_attention(
 @one_program
 def _attend(window_size, scale, implementation, query, key, value, segment_ids, query_indices):
     """(output, lse) of checked arguments."""
+    if window_size == 0:
+        return nothing_seen(query, value)
     if implementation == "triton":
         return _triton(window_size, scale, query, key, value, segment_ids, query_indices)
     row = locate(segment_ids, query_indices, *key.shape[:2])
@@ -79,11 +82,8 @@ def _attend(window_size, scale, implementation, query, key, value, segment_ids, 
 
 def _triton(window_size, scale, query, key, value, segment_ids, query_indices):
     from nsa_jax.gpu import backends, interval
-    from nsa_jax.gpu.branch import nothing_seen
     from nsa_jax.runtime import device, transforms
 
-    if window_size == 0:
-        return nothing_seen(query, value)
     query, key, value, segment_ids, query_indices = transforms.vary_together(
         (query, key, value, segment_ids, query_indices)
     )

@@ -85,8 +85,7 @@ def test_kernels_and_architectures_are_told_apart(folder, other):
     assert process.compiled == ["a", other.get("source", "a")]
 
 
-@pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/hopper_pairs.py", "jax_triton_gluon.py"])
-@pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/sm90/pairs.py", "gluon.py"])
+@pytest.mark.parametrize("changed", [None, "kernels/selected.py", "kernels/sm90/pairs.py", "jax_triton_gluon.py"])
 def test_changed_source(folder, monkeypatch, changed):
     Process()("a")
     copied = shutil.copytree(kernel_cache.kernels.__path__[0], folder / "kernels")

@@ -53,12 +53,6 @@ def statistics(row: Row, branch: Branch, delta: Array) -> Statistics:
     return Statistics(*map(row.queries.in_order, values))
 
 
-def nothing_seen(query: Array, value: Array) -> tuple[Array, Array]:
-    """The output [B, Tq, N, V] and lse [B, Tq, N] of queries that see nothing: zeros and -inf."""
-    B, Tq, N, _ = query.shape
-    return jnp.zeros((B, Tq, N, value.shape[-1]), query.dtype), jnp.full((B, Tq, N), -jnp.inf, jnp.float32)
-
-
 def untouched(query: Array, before: Array | None) -> Array:
     """The gradient of queries that see nothing, added to `before` if given."""
     return jnp.zeros_like(query) if before is None else before

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nsa_jax.branches import nothing_seen
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import cleaning
-from nsa_jax.gpu.branch import Branch, nothing_seen, statistics, untouched
+from nsa_jax.gpu.branch import Branch, statistics, untouched
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.rows.queries import Row
 

@@ -76,7 +76,7 @@ def segment_ids_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
         ValueError: cu_seqlens is not [n + 1] or [B, n + 1], or length is not positive.
     """
     ends = checks.cu_seqlens(cu_seqlens)
-    length = checks.integer("length", length, 1)
+    length = checks.integer("length", length, 1, checks.MOST_INT)
     return _numbers(ends, length)
 
 

@@ -18,9 +18,10 @@ from cases import (
     without_infinities,
 )
 
-from nsa_jax import compress, launch, native_sparse_attention, tiling
+from nsa_jax import compress, native_sparse_attention, tiling
 from nsa_jax.gpu import backends
 from nsa_jax.gpu.sm90 import interval
+from nsa_jax.runtime import device
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def hopper(hopper, monkeypatch):
 @pytest.mark.parametrize("dropped", [None, "compressed_gate", "selected_gate"])
 @pytest.mark.parametrize("G, K, V, dtype", [(16, 128, 128, "bfloat16"), (8, 128, 64, "float16")])
 def test_gated_sum_in_the_sliding_kernel(hopper, monkeypatch, dropped, G, K, V, dtype):
-    monkeypatch.setattr(launch, "multiprocessors", lambda: 4)  # many units to a program, which reuses shared memory
+    monkeypatch.setattr(device, "multiprocessors", lambda: 4)  # many units to a program, which reuses shared memory
     T, H = 333, 2
     query, key, value = qkv(T, 2, T, G * H, H, K, V, dtype=dtype)
     gates = {name: gate for name, gate in branch_gates(3, 2, T, G * H, dtype).items() if name != dropped}

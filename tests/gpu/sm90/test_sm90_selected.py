@@ -17,9 +17,10 @@ from cases import (
     without_infinities,
 )
 
-from nsa_jax import gluon, selected_attention, tiling
+from nsa_jax import selected_attention, tiling
 from nsa_jax.gpu import backends
 from nsa_jax.gpu.sm90 import selected
+from nsa_jax.runtime import jax_triton_gluon
 
 
 def drawn(seed, B, T, H, S, block_size, alike):
@@ -74,10 +75,10 @@ def test_where_they_are_used():
 
 
 def test_a_launch_has_the_warps_of_all_partitions():
-    assert gluon.warps(".visible .entry forward()\n.reqntid 384\n{", 8) == 12
-    assert gluon.warps(".visible .entry forward()\n{", 8) == 8
+    assert jax_triton_gluon.warps(".visible .entry forward()\n.reqntid 384\n{", 8) == 12
+    assert jax_triton_gluon.warps(".visible .entry forward()\n{", 8) == 8
 
 
 def test_kernels_that_meet_their_neighbour_are_launched_in_pairs():
-    assert gluon.programs_of_cluster("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;") == 2
-    assert gluon.programs_of_cluster("bar.sync 0;") == 1
+    assert jax_triton_gluon.programs_of_cluster("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;") == 2
+    assert jax_triton_gluon.programs_of_cluster("bar.sync 0;") == 1
