@@ -73,6 +73,7 @@ def or_of_thread(x):
     return gl.inline_asm(_or_all, ("=&r", "r"), [x], gl.int32)
 
 
+@gluon.jit
 def warp_index():
     """The index of this warp: a scalar that differs by warp."""
     return gl.inline_asm(
