@@ -75,13 +75,14 @@ def select_blocks(
     checks.lse(lse, query)
     block_counts = checks.block_counts(block_counts, query, compressed_key)
     num_blocks = -(-length // block_size)
+    name = "max_block_count"
     if max_block_count is None:
         max_block_count = num_blocks
         if isinstance(block_counts, int):
-            max_block_count = checks.integer("block_counts", block_counts, 0, checks.MOST_INT)
+            max_block_count, name = block_counts, "block_counts"
     num_init_blocks, num_local_blocks = checks.forced_blocks(num_init_blocks, num_local_blocks)
     options = {
-        "max_block_count": checks.max_block_count(max_block_count),
+        "max_block_count": checks.integer(name, max_block_count, 0, checks.MOST_INT),  # it is a size of the result
         "block_size": block_size,
         "window": window,
         "stride": stride,

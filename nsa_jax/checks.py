@@ -94,7 +94,7 @@ def gate(name: str, value: Array | float, query: Array) -> Array:
         return np.asarray(_as_float(value), np.float32)
     _shape(name, value, query.shape[:3], "an array, a Python number or None")
     _float(name, value)
-    return jnp.asarray(value)
+    return value
 
 
 def lse(array: Array, query: Array) -> None:
@@ -216,7 +216,7 @@ def forced_blocks(num_init_blocks: int, num_local_blocks: int) -> tuple[int, int
 
 def max_block_count(count: int) -> int:
     """S, the most blocks a query selects."""
-    return integer("max_block_count", count, 0, MOST_INT)
+    return integer("max_block_count", count, 0)
 
 
 def scale(factor: float | None, query: Array) -> float:
@@ -267,7 +267,7 @@ def _as_float(number: numbers.Real) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
 
 
 def _short(value) -> str:

@@ -208,7 +208,8 @@ def test_remat_and_scan(N):
 
     wraps = (lambda attend: attend, functools.partial(jax.checkpoint, policy=keep), jax.checkpoint)
     plain, kept, dropped = (count_launches(layers("triton", wrap), arrays["query"], gates) for wrap in wraps)
-    assert plain + 1 == kept < dropped  # walks are not kept: one launch makes them anew from the kept selection
+    # walks and cleaned keys are not kept: three launches make them anew
+    assert plain + 3 == kept < dropped
     actual = jax.jit(layers("triton", wraps[1]))(arrays["query"], gates)
     expected = jax.jit(layers("xla", wraps[0]))(arrays["query"], gates)
     assert_close(jax.tree.leaves(actual), jax.tree.leaves(expected))

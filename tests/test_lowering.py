@@ -11,12 +11,13 @@ PASSES = ("forward", "backward_query", "backward_key_value")
 SELECTED = {f"nsa_selected_{part}" for part in (*PASSES, "walk", "combine")}
 SELECTION = {"nsa_select_blocks"}
 COMPRESSED, SLIDING = ({f"nsa_{branch}_{part}" for part in PASSES} for branch in ("compressed", "sliding"))
+CLEANING = {"nsa_clean", "nsa_see"}
 NAMES = {
-    "sliding_window_attention": SLIDING,
-    "compressed_attention": COMPRESSED,
+    "sliding_window_attention": SLIDING | CLEANING,
+    "compressed_attention": COMPRESSED | CLEANING,
     "select_blocks": SELECTION,
-    "native_sparse_attention": COMPRESSED | SELECTION | SELECTED | SLIDING,
-    "native_sparse_attention, short window": COMPRESSED | SELECTION | SELECTED,
+    "native_sparse_attention": COMPRESSED | SELECTION | SELECTED | SLIDING | CLEANING,
+    "native_sparse_attention, short window": COMPRESSED | SELECTION | SELECTED | CLEANING,
 }
 
 
@@ -69,8 +70,8 @@ def test_transformations():
     kernels = {name: count for name, (count, _) in facts.items()}
     assert kernels["jit"] == kernels["shard_map"] == kernels["vmap"] == kernels["layer"] > 0
     assert 0 < kernels["scan and remat"] < kernels["jit"]  # keys and values need no gradient
-    # the gated sum is kept, which a kernel computes; the walk is done again
-    assert kernels["squared and remat"] == kernels["squared"] + 1 > 1
+    # the gated sum is kept, which a kernel computes; the walk is done again, and keys and compressed keys are cleaned
+    assert kernels["squared and remat"] == kernels["squared"] + 3 > 3
     # where a scan stacks the result of a kernel, XLA forgets which operand the result was to share memory with
     assert not any(aliased for _, aliased in facts.values())
 

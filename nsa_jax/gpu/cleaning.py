@@ -14,7 +14,7 @@ from nsa_jax.runtime import launch, transforms
 Array = jax.Array
 
 _ROWS = 32  # of a program that cleans
-_TOKENS, _KEYS = 64, 256  # of a program that looks at intervals, and of a step of it
+_TOKENS, _KEYS = 32, 128  # of a program, a warp, that looks at intervals, and of a step of it
 
 
 class Cleaned(NamedTuple):
@@ -89,7 +89,7 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
             name="see",
             outputs=(jax.ShapeDtypeStruct((B, T, H), jnp.int8),),
             programs=tiles * H * B,
-            warps=4,
+            warps=1,
             stages=1,
             flops=0,
             T=T,

@@ -141,7 +141,7 @@ def _rows(kernels, rows):
     which = np.zeros((1, T, H * kernels.group), bool)
     for row in rows:
         query, head = row if isinstance(row, tuple) else (row, slice(None))
-        which[0, query, head] = True
+        which[0, query, head if isinstance(head, slice) else head % which.shape[2]] = True
     return which
 
 
@@ -149,7 +149,7 @@ def _sight(kernels):
     sight = np.ones((1, T, H), np.int8)
     sight[:, BLIND] = 0
     query, head = SEES_NAN
-    sight[:, query, head // kernels.group] = 2
+    sight[:, query, head // kernels.group % H] = 2
     return jnp.asarray(sight), np.repeat(sight, kernels.group, axis=2) == 2
 
 

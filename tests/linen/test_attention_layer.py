@@ -170,7 +170,7 @@ def test_partitioning_names_every_axis():
     ("fields", "message"),
     [
         ({"num_kv_heads": 3}, "num_heads: expected a multiple of num_kv_heads=3, got 4"),
-        ({"head_dim": 7}, "head_dim: expected an even number for rotary positions, got 7"),
+        ({"head_dim": 7}, "head_dim: expected a multiple of 4 from 4 to 256, got 7"),
         (
             {"head_dim": None, "num_heads": 5, "num_kv_heads": 1},
             "num_heads: expected a divisor of the 24 features, got 5",
