@@ -101,7 +101,7 @@ def test_remat_keeps_named_residuals(op):
     )
     plain, kept, dropped = (loss(wrap) for wrap in (lambda f: f, keep, jax.checkpoint))
     counts = [count_launches(function, query, key, value) for function in (plain, kept, dropped)]
-    # clean, see, forward, dq, dk and dv; clean again for what the backward pass takes; without the policy all of forward
+    # clean, see, forward, dq, dk and dv; clean anew for the backward pass; without the policy all of forward anew
     assert counts == [5, 6, 8]
     assert_close(jax.tree.leaves(kept(query, key, value)), jax.tree.leaves(plain(query, key, value)))
 
