@@ -1,5 +1,7 @@
-"""Python blocks in the README and in docs/ run as they are written."""
+"""Python blocks in the README and in docs/ run; the API page has every public name; links lead to files."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -17,3 +19,19 @@ BLOCKS = [
 @pytest.mark.parametrize("text", BLOCKS)
 def test_python_block_runs(text):
     exec(compile(text, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("module", ["nsa_jax", "nsa_jax.linen"])
+def test_api_page_has_every_public_name_with_its_parameters(module):
+    public, page = importlib.import_module(module), (ROOT / "docs" / "api.md").read_text()
+    for name in public.__all__:
+        assert f"### {name}\n" in page
+        if callable(getattr(public, name)):
+            parameters = ", ".join(inspect.signature(getattr(public, name)).parameters)
+            assert f"    {name}({parameters})\n" in page
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
