@@ -178,12 +178,24 @@ def _union(first_keys, begins, members, tiles, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _first_place(place, tiles, SHAPE: tl.constexpr):
-    """The earliest place of each tile's tokens."""
+def _of_tokens(values, other, tiles, SHAPE: tl.constexpr):
+    """Values [B, T] of each tile's tokens, [PER_PROGRAM, TOKENS_SIDE]; `other` where there is no token."""
     local = tl.arange(0, SHAPE.TOKENS_SIDE)
     token = tiles.tile[:, None] * SHAPE.TOKENS + local[None, :]
     real = (local < SHAPE.TOKENS)[None, :] & (token < SHAPE.T)
-    return tl.min(tl.load(place + tiles.batch * SHAPE.T + token, mask=real, other=NOWHERE), 1)
+    return tl.load(values + tiles.batch * SHAPE.T + token, mask=real, other=other)
+
+
+@triton.jit
+def _first_place(place, tiles, SHAPE: tl.constexpr):
+    """The earliest place of each tile's tokens."""
+    return tl.min(_of_tokens(place, NOWHERE, tiles, SHAPE), 1)
+
+
+@triton.jit
+def _one_segment(start, tiles, SHAPE: tl.constexpr):
+    """Whether each tile's tokens are of one segment, by where theirs starts."""
+    return tl.min(_of_tokens(start, NOWHERE, tiles, SHAPE), 1) >= tl.max(_of_tokens(start, -1, tiles, SHAPE), 1)
 
 
 @triton.jit
@@ -210,14 +222,15 @@ def walk(first_keys, place, begins, members, counts, plain_counts, SHAPE: tl.con
 
 
 @triton.jit
-def walk_in_pairs(first_keys, place, begins, members, counts, edges, SHAPE: tl.constexpr):
+def walk_in_pairs(first_keys, place, start, begins, members, counts, edges, SHAPE: tl.constexpr):
     """The walks of pairs of tiles, TOKENS (up to 32) tokens a pair; TILES pairs a batch row.
 
     first_keys and SORTED as in `walk`, all CHOSEN. Both tiles of a pair take the counts [B, H, TILES] steps at the same
     time, and what both want at the same step: begins [B, H, TILES, 2, ENTRIES / 2]. members: bit i tells whether the
     i-th token of the tile wants the block, SHARED whether the other tile does too; 0 at a step that is the other tile's
     alone. Entries after the counts are not written. Blocks up to the edges [B, H, TILES] lie before the place [B, T] of
-    every token of the pair.
+    every token of the pair. Where its tokens are of several segments, by their start [B, T], nothing is shared: the
+    order in which a token goes through its blocks, and so its rounding, is then its own segment's matter.
     """
     SIDE: tl.constexpr = SHAPE.SIDE
     OTHER: tl.constexpr = SHAPE.ENTRIES // 2  # from an entry of the first tile to the second tile's
@@ -228,9 +241,9 @@ def walk_in_pairs(first_keys, place, begins, members, counts, edges, SHAPE: tl.c
     ALL: tl.constexpr = (1 << (SHAPE.TOKENS // 2)) - 1
     first = member & ALL
     second = (member >> (SHAPE.TOKENS // 2)) & ALL
-    both = (first != 0) & (second != 0)
-    ones = (first != 0) & (second == 0)
-    others = (first == 0) & (second != 0)
+    both = (first != 0) & (second != 0) & _one_segment(start, tiles, SHAPE)[:, None]
+    ones = (first != 0) & ~both
+    others = (second != 0) & ~both
     shared = tl.sum(both.to(tl.int32), 1)[:, None]
     most = tl.maximum(tl.sum(ones.to(tl.int32), 1), tl.sum(others.to(tl.int32), 1))[:, None]
     steps = (shared + most).to(tl.int64 if SIDE > 65536 else tl.int32)  # products of two such numbers follow

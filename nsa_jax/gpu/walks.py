@@ -133,7 +133,8 @@ def walks(choice: Choice, tokens: int, block_size: int, window_size: int = 0) ->
         touched = jnp.broadcast_to(choice.touched[:, :, None, :], (B, T, H, choice.touched.shape[2]))
         first_keys = jnp.concatenate([choice.selected, touched], axis=3)
     constants = {"CHOSEN": chosen, "BLOCK": block_size, "WINDOW": window_size}
-    return Walks(*_launch(kernels.walk, first_keys, choice, tokens, (), constants))
+    arrays = first_keys, choice.row.queries.place
+    return Walks(*_launch(kernels.walk, arrays, choice, tokens, (), constants))
 
 
 def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
@@ -141,16 +142,18 @@ def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
     from nsa_jax.kernels import block_lists as kernels
 
     constants = {"CHOSEN": choice.selected.shape[3], "BLOCK": block_size, "WINDOW": 0}
-    return PairedWalks(*_launch(kernels.walk_in_pairs, choice.selected, choice, 2 * tokens, (2,), constants))
+    arrays = choice.selected, choice.row.queries.place, choice.row.queries.start
+    return PairedWalks(*_launch(kernels.walk_in_pairs, arrays, choice, 2 * tokens, (2,), constants))
 
 
-def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]:
-    """Runs a kernel of kernels/block_lists.py; parts: axes into which the entries of `tokens` tokens are cut."""
+def _launch(kernel, arrays, choice, tokens, parts, constants) -> list[Array]:
+    """Runs a kernel of kernels/block_lists.py; arrays: first keys and what the kernel takes after them; parts: axes into
+    which the entries of `tokens` tokens are cut."""
     from nsa_jax.kernels.block_lists import WalkShape
 
     length = choice.row.length
 
-    def run(first_keys, place):
+    def run(first_keys, *arrays):
         B, T, H, S = first_keys.shape
         tiles = -(-T // tokens)
         shape = (B, H, tiles, *parts, tokens * S // math.prod(parts))
@@ -162,7 +165,7 @@ def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]
         if is_sorted:
             first_keys = _sorted_keys(first_keys, tokens, constants["CHOSEN"], 2 * sides[0])
         return launch.launch(
-            kernel, first_keys, place, name="selected_walk",
+            kernel, first_keys, *arrays, name="selected_walk",
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
             programs=-(-tiles // units) * H * B, warps=tiling.walk_warps(entries), stages=1, flops=0,
             SHAPE=WalkShape(
@@ -170,7 +173,7 @@ def _launch(kernel, first_keys, choice, tokens, parts, constants) -> list[Array]
             ),
         )  # fmt: skip
 
-    return transforms.fold_vmap(run)(first_keys, choice.row.queries.place)
+    return transforms.fold_vmap(run)(*arrays)
 
 
 def _sorted_keys(first_keys: Array, tokens: int, chosen: int, low: int) -> Array:

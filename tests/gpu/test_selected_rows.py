@@ -63,7 +63,7 @@ class Case:
                 self.seen[1, t, h] = near
                 blocks = np.unique((keys[near] - start[t]) // block)
                 self.first_keys[t, h, S : S + len(blocks)] = start[t] + blocks * block
-        self.starts = starts
+        self.starts, self.start = starts, start
 
     def arrays(self):
         """query, key, value, d_output [1, T|C, N|H, D] and, of each branch, the weight [1, T, N]."""
@@ -126,9 +126,10 @@ class Portable:
             T=case.T, H=H, S=entries, CHOSEN=S, BLOCK=case.block, WINDOW=case.window, TOKENS=tokens, PER_PROGRAM=2,
             WIDE=False, SORTED=False,
         )  # fmt: skip
+        start = [jnp.asarray(case.start, jnp.int32)[None]] if parts else []
         lists = 1, H, shape.TILES, *parts, shape.ENTRIES // (2 if parts else 1)
         return launch.launch(
-            getattr(block_lists, kernel), first_keys, place,
+            getattr(block_lists, kernel), first_keys, place, *start,
             name="test", outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (lists, lists, lists[:3], lists[:3])],
             programs=-(-shape.TILES // 2) * H, warps=4, stages=1, flops=0, SHAPE=shape,
         )  # fmt: skip
@@ -281,7 +282,7 @@ class Hopper(Portable):
         results = launch.launch(
             selected_keys.backward_key_value, launch.token_pieces(query, group), launch.key_pieces(key),
             launch.key_pieces(value), launch.token_pieces(d_output, group), *rows[0], *arrays,
-            outputs=self._outputs(sizes), programs=shape.PIECES * 3 * H, warps=4, stages=1,
+            name="test", outputs=self._outputs(sizes), programs=shape.PIECES * 3 * H, warps=4, stages=1,
             registers=tiling.HOPPER_KEYS_REGISTERS, flops=0, SHAPE=shape,
         )  # fmt: skip
         return self.gathered(*results, arrays)
@@ -309,7 +310,7 @@ def kernels_of(request):
 def poisoned(x, which):
     """x [1, T, N, ...], NaN and infinities in the rows `which` [1, T, N]."""
     bad = np.where(np.arange(x.size).reshape(x.shape) % 3 == 0, np.inf, np.nan)
-    return jnp.where(which.reshape(*which.shape, *(1,) * (x.ndim - 3)), bad, x).astype(x.dtype)
+    return jnp.where(which.reshape(*which.shape, *(1,) * (x.ndim - 3)), jnp.asarray(bad, x.dtype), x)
 
 
 def check(actual, expected, dtype):
