@@ -147,8 +147,15 @@ def walks_in_pairs(choice: Choice, tokens: int, block_size: int) -> PairedWalks:
 
 
 def _launch(kernel, arrays, choice, tokens, parts, constants) -> list[Array]:
-    """Runs a kernel of kernels/block_lists.py; arrays: first keys and what the kernel takes after them; parts: axes into
-    which the entries of `tokens` tokens are cut."""
+    """Runs a kernel of kernels/block_lists.py.
+
+    Args:
+        kernel: of that file.
+        arrays: first keys and what the kernel takes after them.
+        choice, tokens: as in `walks`.
+        parts: axes into which the entries of `tokens` tokens are cut.
+        constants: of its shape.
+    """
     from nsa_jax.kernels.block_lists import WalkShape
 
     length = choice.row.length
