@@ -290,7 +290,7 @@ _SELECTION_SCRATCH = 16 * 1024  # bytes that layout changes take
 
 
 def selection(capability: int, columns: int, itemsize: int, group: int, count: int, share: int) -> SelectionTile:
-    """Tile of kernels/selection.py; columns: key columns, count: most blocks to select, share: strides in a block."""
+    """Tile of kernels/select_blocks.py; columns: of keys, count: most blocks to select, share: strides in a block."""
     heads, entries = power_of_two(group), selection_entries(count)
     if capability == INTERPRETER:
         tile, blocks = Tile(64, 32, 4, 1), 32
@@ -312,19 +312,19 @@ def selection_entries(count: int) -> int:
     return max(32, power_of_two(max(count, 1)))
 
 
-SELECTION_HOPPER_ROWS = 256  # of a unit of kernels/selection_hopper.py
+SELECTION_HOPPER_ROWS = 256  # of a unit of kernels/sm90/select_blocks.py
 _SELECTION_HOPPER_WINDOWS = 256  # in a chunk
 
 
 def selection_hopper(capability: int, width: int, itemsize: int, group: int, count: int, share: int) -> bool:
-    """Whether kernels/selection_hopper.py is for this architecture and shape; width: of keys, count and share as in
+    """Whether kernels/sm90/select_blocks.py is for this architecture and shape; width: of keys; the rest as in
     `selection`."""
     fits = width in (64, 128) and group in (8, 16, 32, 64) and count <= 64 and share in (1, 2, 4, 8)
     return capability == 90 and itemsize == 2 and fits
 
 
 def selection_hopper_stages(width: int, group: int) -> int:
-    """Slots of the ring of kernels/selection_hopper.py, beside the queries of two units and two chunks of sums."""
+    """Slots of the ring of kernels/sm90/select_blocks.py, beside the queries of two units and two chunks of sums."""
     queries = 2 * SELECTION_HOPPER_ROWS * (2 * width + 4)  # with a number in float32 each
     sums = 2 * 4 * SELECTION_HOPPER_ROWS // group * _SELECTION_HOPPER_WINDOWS
     room = 1024 * SHARED_MEMORY[90] - _HOPPER_BARRIERS - queries - sums

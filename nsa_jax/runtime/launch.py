@@ -54,8 +54,8 @@ def row_pieces(x: Array, group: int) -> Tiled:
 
 
 def neighbour_pieces(x: Array, group: int, tokens: int, heads: int) -> Tiled:
-    """x [B, T, N, D] as kernels/selection_hopper.py copies queries: 64 columns of the group's first so many heads of so
-    many tokens, then of the next heads, and so on."""
+    """x [B, T, N, D] as kernels/sm90/select_blocks.py copies queries: 64 columns of the group's first so many heads of
+    so many tokens, then of the next heads, and so on."""
     B, T, N, D = x.shape
     pieces = x.reshape(B, T, N // heads, heads, D)
     return Tiled(pieces, (1, group // heads, tokens, heads, 64), swizzled=True, axes=(0, 2, 1, 3, 4))
