@@ -42,15 +42,6 @@ def online_step(
 
 
 @triton.jit
-def finish(peak, total, sums, V_PARTS: tl.constexpr):
-    """(output [M, V], natural-log lse [M]); a row that saw nothing gives (0, -inf)."""
-    seen = total > 0.0
-    safe = tl.where(seen, total, 1.0)
-    lse = tl.where(seen, (peak + tl.log2(safe)) * LN2, float("-inf"))
-    return scaled(sums, (1.0 / safe)[:, None], V_PARTS), lse
-
-
-@triton.jit
 def finish_seen(peak, total, sums, sight, V_PARTS: tl.constexpr):
     """(output [M, V], natural-log lse [M]) of rows that see, by `sight` [M], nothing (0): (0, -inf) whatever was
     computed; something that is not finite (2): NaN; what is finite (1): as computed, NaN where the query is NaN."""
