@@ -7,6 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from nsa_jax import checks, meshes, reference
+from nsa_jax.rows import sight
 from nsa_jax.rows.queries import locate
 from nsa_jax.runtime.eager import one_program
 
@@ -109,12 +110,12 @@ def _select(options, length, implementation, query, key, lse, block_counts, segm
     if implementation == "xla":
         row = locate(segment_ids, query_indices, query.shape[0], length)
         return reference.select_blocks(query, key, lse, row, block_counts=block_counts, **dict(options))
-    from nsa_jax.gpu import block_selection, cleaning
+    from nsa_jax.gpu import block_selection
     from nsa_jax.runtime import transforms
 
     query, key, lse, block_counts, segment_ids, query_indices = transforms.vary_together(
         (query, key, lse, block_counts, segment_ids, query_indices)
     )
     row = locate(segment_ids, query_indices, query.shape[0], length)
-    key = cleaning.clean_rows(key)
+    key = sight.clean_rows(key)
     return block_selection.select(query, key, lse, row, block_counts=block_counts, **dict(options))

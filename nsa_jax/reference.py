@@ -123,7 +123,7 @@ def select_blocks(
     query, compressed_key, lse = jax.lax.stop_gradient((query, compressed_key, lse))
     batch, length, heads = *query.shape[:2], compressed_key.shape[2]
     seen = window_intervals(row, window, stride)
-    key = sight.clear(compressed_key, sight.finite_rows(compressed_key))
+    key = sight.clean_rows(compressed_key)
     if key.shape[1] == 0:
         key = jnp.zeros((batch, 1, *key.shape[2:]), key.dtype)  # nobody sees it
     counts = jnp.broadcast_to(jnp.asarray(block_counts, jnp.int32), (batch, length, heads))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import tiling
-from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.runtime import launch, transforms
 
@@ -67,11 +66,6 @@ def clean(key: Array, value: Array, with_key: bool = True) -> Cleaned:
 
     clean_key, clean_value, unclean = transforms.fold_vmap(run)(key, value)
     return Cleaned(clean_key if with_key else key, clean_value, unclean)
-
-
-def clean_rows(x: Array) -> Array:
-    """x [..., D] with 0 for rows that are not finite."""
-    return sight.clear(x, sight.finite_rows(x))
 
 
 def of_intervals(unclean: Array, intervals: Intervals) -> Array:

@@ -11,6 +11,7 @@ from nsa_jax.branches import nothing_seen
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import cleaning
 from nsa_jax.gpu.branch import Branch, statistics, untouched
+from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.rows.queries import Row
 
@@ -119,7 +120,7 @@ def _attend_forward(spec, query, key, value, row, intervals):
 def _attend_backward(spec, residuals, cotangents):
     query, key, value, seen, output, lse = residuals
     d_output, d_lse = cotangents
-    key = cleaning.clean_rows(key)
+    key = sight.clean_rows(key)
     branch = Branch(output, lse, jnp.ones_like(lse), d_lse)
     d_query, delta = backward_query(query, key, value, d_output, branch, seen, spec)
     return d_query, *backward_key_value(query, key, value, d_output, branch, delta, seen, spec), None, None

@@ -22,6 +22,11 @@ def clear(x: Array, keep: Array) -> Array:
     return jnp.where(keep[..., None], x, jnp.zeros((), x.dtype))
 
 
+def clean_rows(x: Array) -> Array:
+    """x [..., D] with 0 for rows that are not finite."""
+    return clear(x, finite_rows(x))
+
+
 def of_ranges(unclean: Array, first: Array, end: Array) -> Array:
     """int8 [B, Tq, H]: what queries see of several ranges of keys.
 
