@@ -272,7 +272,8 @@ def _triton(config, query, cache, gates, block_counts, place) -> Array:
     from nsa_jax.gpu import whole
 
     number = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    query_indices = jnp.where(number < place.count[:, None], place.start[:, None] + number, -1)
+    is_placed = number < place.count[:, None]
+    query, query_indices = clear_padding(query, is_placed), jnp.where(is_placed, place.start[:, None] + number, -1)
     units = {"key": 1, "value": 1, "compressed_key": config.stride, "compressed_value": config.stride}
     if gates.compressed is None and gates.selected is None:
         units = {"key": 1, "value": 1}

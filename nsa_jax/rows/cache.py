@@ -150,8 +150,8 @@ def extend(cache: KVCache, key: Array, value: Array, count: Array, compressed: t
         count=count,
         length=length,
     )
-    most = min(most_windows(cache, tokens), cache.compressed_key.shape[1])
-    if most == 0 or cache.compression_window > cache.capacity:
+    most = min(most_windows(cache, tokens), cache.capacity // cache.compression_stride)
+    if cache.compression_window > cache.capacity:
         return cache
     before = windows_complete(cache, start)
     window = before[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
