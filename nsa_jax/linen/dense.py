@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from nsa_jax.layers.rope import rotate
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
-from nsa_jax.linen.rope import rotate
 from nsa_jax.rows.segments import clear_padding
 from nsa_jax.runtime import device
 
