@@ -14,14 +14,14 @@ from nsa_jax import cached_reference, checks, meshes
 from nsa_jax.attention import checked_gates
 from nsa_jax.branches import Arrays, Config, Routing
 from nsa_jax.rows import cache as rows
-from nsa_jax.rows.cache import KVCache, Place
+from nsa_jax.rows.cache import KVCache
 from nsa_jax.rows.segments import clear_padding
 from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
 
-# queries that the kernels for few queries take at most
-_FEW = 8
+# that the kernels for few queries take at most
+FEW_QUERIES = 8
 # fields that extend_cache gives anew
 _GROWN = ("key", "value", "compressed_key", "compressed_value", "length", "start", "count")
 
@@ -157,24 +157,23 @@ def extend_cache(
     names = [name for name in _FIELDS if getattr(cache, name) is not None]
 
     def specs(*axes):
-        by_name = dict(zip(names, axes, strict=False))
-        return tuple(PartitionSpec(*by_name[name]) for name in _GROWN)
+        return {name: PartitionSpec(*axis) for name, axis in zip(names, axes, strict=False) if name in _GROWN}
 
     grown = meshes.partitioned(functools.partial(_extend, tree), tuple(leaves), specs)
-    return dataclasses.replace(cache, **dict(zip(_GROWN, grown, strict=True)))
+    return dataclasses.replace(cache, **grown)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(KVCache) if not field.metadata.get("static"))
 
 
 @one_program
-def _extend(tree, *leaves: Array) -> tuple[Array, ...]:
-    """The fields _GROWN of the cache, of checked arguments."""
+def _extend(tree, *leaves: Array) -> dict[str, Array]:
+    """The fields _GROWN of the cache that are not None, of checked arguments."""
     cache, key, value, lengths, compressed = jax.tree.unflatten(tree, leaves)
     tokens = jnp.full(cache.batch, key.shape[1], jnp.int32)
     count = tokens if lengths is None else jnp.clip(lengths, 0, tokens)
     cache = rows.extend(cache, key, value, count, compressed)
-    return tuple(getattr(cache, name) for name in _GROWN)
+    return {name: getattr(cache, name) for name in _GROWN if getattr(cache, name) is not None}
 
 
 def cached_attention(
@@ -253,10 +252,8 @@ def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
     """`cached_attention` of checked arguments."""
     query, cache, gates, block_counts = jax.tree.unflatten(tree, leaves)
     queries = query.shape[1]
-    place = Place(cache.start, jnp.clip(jnp.minimum(cache.count, cache.length - cache.start), 0, queries))
-    number = jnp.arange(queries, dtype=jnp.int32)[None]
-    is_placed = number < place.count[:, None]
-    lost = ((number < cache.count[:, None]) & ~is_placed) | (cache.count > queries)[:, None]
+    place, lost = rows.placement(cache, queries)
+    is_placed = jnp.arange(queries, dtype=jnp.int32)[None] < place.count[:, None]
     gates = jax.tree.map(lambda gate: clear_padding(jnp.broadcast_to(gate, query.shape[:3]), is_placed), gates)
     attend = _triton if implementation == "triton" else cached_reference.attend
     output = attend(config, query, cache, gates, block_counts, place)
@@ -265,10 +262,10 @@ def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
 
 def _triton(config, query, cache, gates, block_counts, place) -> Array:
     """[B, Tq, N, V], 0 for padding: a few queries by kernels of their own, more by those for whole rows."""
-    if query.shape[1] <= _FEW and importlib.util.find_spec("nsa_jax.gpu.decode"):
+    if query.shape[1] <= FEW_QUERIES and importlib.util.find_spec("nsa_jax.gpu.decode"):
         from nsa_jax.gpu import decode
 
-        return decode.attend(config, query, rows.pools(cache), gates, block_counts, place)
+        return decode.attend(config, query, *rows.pools(cache), *place, gates, block_counts)
     from nsa_jax.gpu import whole
 
     number = jnp.arange(query.shape[1], dtype=jnp.int32)[None]

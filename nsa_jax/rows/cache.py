@@ -40,17 +40,18 @@ class KVCache:
         page_indices: int32 [B, T // page_size], the page that holds the row's tokens from j * page_size on, any number
             outside of 0 .. P - 1 for none; None without pages.
         layer: int32 [], which of the num_layers caches this is of those that lie one after another in each row of the
-            arrays; None for the first.
+            arrays; None where there is one.
         block_size: tokens of a selection block.
         compression_window, compression_stride: tokens of a window, and from one window to the next.
         page_size: tokens of a page, or None.
         num_layers: how many caches lie in each row of the arrays.
+        ring_capacity: T, where the arrays keep only a row's last tokens, in a ring, and no windows; None otherwise.
     """
 
     key: Array
     value: Array
-    compressed_key: Array
-    compressed_value: Array
+    compressed_key: Array | None
+    compressed_value: Array | None
     length: Array
     start: Array
     count: Array
@@ -61,6 +62,7 @@ class KVCache:
     compression_stride: int = _static(default=64)
     page_size: int | None = _static(default=None)
     num_layers: int = _static(default=1)
+    ring_capacity: int | None = _static(default=None)
 
     @property
     def batch(self) -> int:
@@ -70,21 +72,23 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """T, the tokens that a row has room for."""
+        if self.ring_capacity is not None:
+            return self.ring_capacity
         if self.page_size is not None:
             return self.page_indices.shape[1] * self.page_size
         return self.key.shape[1] // self.num_layers
 
 
 class Pools(NamedTuple):
-    """The arrays of a cache as pages: key [P, S, H, K], page_indices int32 [B, J], S tokens a page, T = J * S.
+    """The arrays of a cache as pages: key [P, S, H, K], page_indices int32 [B, J], S tokens a page, T <= J * S.
 
     Without page_indices row b is page b.
     """
 
     key: Array
     value: Array
-    compressed_key: Array
-    compressed_value: Array
+    compressed_key: Array | None
+    compressed_value: Array | None
     page_indices: Array | None
 
 
@@ -103,11 +107,18 @@ class Place(NamedTuple):
 def pools(cache: KVCache) -> Pools:
     """The arrays as pages, without a copy."""
     arrays = cache.key, cache.value, cache.compressed_key, cache.compressed_value
-    if cache.num_layers == 1:
+    if cache.num_layers == 1 and cache.ring_capacity is None:
         return Pools(*arrays, cache.page_indices)
-    split = (x.reshape(-1, x.shape[1] // cache.num_layers, *x.shape[2:]) for x in arrays)
-    page = jnp.arange(cache.batch, dtype=jnp.int32) * cache.num_layers + cache.layer
-    return Pools(*split, page[:, None])
+    per_layer, pages = 1, 1  # pages of a row of one layer, and how many a row refers to
+    if cache.ring_capacity is not None:
+        per_layer = cache.key.shape[1] // cache.num_layers // cache.block_size
+        pages = -(-cache.ring_capacity // cache.block_size)
+    per_row = cache.num_layers * per_layer
+    split = (None if x is None else x.reshape(-1, x.shape[1] // per_row, *x.shape[2:]) for x in arrays)
+    number = jnp.arange(pages, dtype=jnp.int32)[None] % per_layer
+    row = jnp.arange(cache.batch, dtype=jnp.int32)[:, None] * per_row
+    layer = 0 if cache.layer is None else cache.layer * per_layer
+    return Pools(*split, row + layer + number)
 
 
 def room(cache: KVCache) -> Array:
@@ -142,6 +153,8 @@ def extend(cache: KVCache, key: Array, value: Array, count: Array, compressed: t
     tokens = key.shape[1]
     position = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     is_token = position < length[:, None]
+    if cache.ring_capacity is not None:
+        is_token &= position >= length[:, None] - cache.key.shape[1] // cache.num_layers
     cache = dataclasses.replace(
         cache,
         key=_write(cache, cache.key, position, key, is_token),
@@ -150,9 +163,9 @@ def extend(cache: KVCache, key: Array, value: Array, count: Array, compressed: t
         count=count,
         length=length,
     )
-    most = min(most_windows(cache, tokens), cache.capacity // cache.compression_stride)
-    if cache.compression_window > cache.capacity:
+    if cache.compressed_key is None or cache.compression_window > cache.capacity:
         return cache
+    most = min(most_windows(cache, tokens), cache.capacity // cache.compression_stride)
     before = windows_complete(cache, start)
     window = before[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
     is_window = window < windows_complete(cache, length)[:, None]
@@ -204,9 +217,17 @@ def whole_rows(cache: KVCache, array: Array, unit: int = 1) -> Array:
     if cache.page_size is not None:
         pages = array.at[cache.page_indices].get(mode="clip")  # [B, J, page_size // unit, H, D]
         return pages.reshape(cache.batch, size, *array.shape[2:])
-    if cache.num_layers == 1:
+    if cache.layer is None:
         return array
     return jax.lax.dynamic_slice_in_dim(array, cache.layer * size, size, axis=1)
+
+
+def placement(cache: KVCache, queries: int) -> tuple[Place, Array]:
+    """Where the tokens last appended stand, and which of `queries` did not fit, bool [B, queries]."""
+    place = Place(cache.start, jnp.clip(jnp.minimum(cache.count, cache.length - cache.start), 0, queries))
+    number = jnp.arange(queries, dtype=jnp.int32)[None]
+    lost = (number < cache.count[:, None]) & (number >= place.count[:, None])
+    return place, lost | (cache.count > queries)[:, None]
 
 
 def row_of(place: Place, queries: int, capacity: int) -> Row:
@@ -232,8 +253,8 @@ def _address(cache: KVCache, array: Array, index: Array, unit: int) -> tuple[Arr
     """
     if cache.page_size is None:
         size = array.shape[1] // cache.num_layers
-        index = jnp.clip(index, 0, size - 1)
-        return None, index if cache.num_layers == 1 else cache.layer * size + index
+        index = jnp.clip(index, 0, size - 1) if cache.ring_capacity is None else index % size
+        return None, index if cache.layer is None else cache.layer * size + index
     per_page = cache.page_size // unit
     number = jnp.clip(index // per_page, 0, cache.page_indices.shape[1] - 1)
     page = jnp.take_along_axis(cache.page_indices, number, axis=1)
