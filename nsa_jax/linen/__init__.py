@@ -4,7 +4,7 @@ from nsa_jax.linen.attention import NativeSparseAttention
 from nsa_jax.linen.compression import MLPCompression
 from nsa_jax.linen.config import PRESETS, TransformerConfig
 from nsa_jax.linen.dense import DenseAttention
-from nsa_jax.linen.generate import Generated, generate
+from nsa_jax.linen.generation import Generated, generate
 from nsa_jax.linen.transformer import NSATransformer, remat_policy
 
 __all__ = [

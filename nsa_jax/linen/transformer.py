@@ -52,7 +52,6 @@ class NSATransformer(nn.Module):
         segment_ids: Array | None = None,
         *,
         lengths: Array | None = None,
-        logits_at: Array | None = None,
     ) -> Array:
         """The logits of the token after each.
 
@@ -60,16 +59,13 @@ class NSATransformer(nn.Module):
             tokens: integers [B, T].
             segment_ids: integers [B, T], or None for one segment per row; None in decoding.
             lengths: in decoding, integers [B], how many of the tokens belong to each row; all unless given.
-            logits_at: integers [B], the one token of each row whose logits are wanted; all unless given.
 
         Returns:
-            float32 [B, T, vocab_size], or [B, 1, vocab_size] with logits_at.
+            float32 [B, T, vocab_size]; in decoding NaN for tokens that the cache has no room for.
         """
         config = self.config
         batch, length = checks.token_ids("tokens", tokens)
         checks.segment_ids(segment_ids, batch, length)
-        if logits_at is not None:
-            logits_at = checks.row_lengths("logits_at", logits_at, batch)
         embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -78,9 +74,8 @@ class NSATransformer(nn.Module):
             embedding_init=with_logical_axes(nn.initializers.normal(0.02), ("vocab", "embed")),
             name="embed",
         )
-        variable, seen = cache_variable(
-            self, functools.partial(_init_state, config, batch, length), segment_ids, lengths
-        )
+        init = functools.partial(self._init_state, batch, length)
+        variable, seen = cache_variable(self, init, segment_ids, lengths)
         x = _look_up(embed, tokens)
         if seen is None:
             layer = nn.remat(Layer, policy=remat_policy(), prevent_cse=False) if config.remat else Layer
@@ -89,12 +84,19 @@ class NSATransformer(nn.Module):
             layers = _scan(CachedLayer, config, (0, nn.broadcast, nn.broadcast))(config, name="layers")
             numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
             (x, variable.value), _ = layers((x, seen), numbers, seen.length, lengths)
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         x = _norm(config, "norm")(x)
         if config.tie_embeddings:
             return embed.attend(x).astype(jnp.float32)
         return _dense(config, config.vocab_size, ("embed", "vocab"), "head", _lecun_normal)(x).astype(jnp.float32)
+
+    def init_cache(self, batch: int, capacity: int) -> dict[str, LayerState]:
+        """The collection "cache" of a model that has seen nothing, with room for `capacity` tokens in each row."""
+        return {"state": self._init_state(batch, capacity)}
+
+    def _init_state(self, batch: int, capacity: int) -> LayerState:
+        config = self.config
+        attention = _attention(config, parent=None)
+        return attention.init_state(batch, capacity, config.hidden_size, config.dtype, num_layers=config.num_layers)
 
 
 def _look_up(embed: nn.Embed, tokens: Array) -> Array:
@@ -162,12 +164,6 @@ def _scan(layer: type[nn.Module], config: TransformerConfig, in_axes) -> type[nn
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-
-
-def _init_state(config: TransformerConfig, batch: int, capacity: int) -> LayerState:
-    """The state of all layers that have seen nothing."""
-    attention = _attention(config, parent=None)
-    return attention.init_state(batch, capacity, config.hidden_size, config.dtype, num_layers=config.num_layers)
 
 
 def _attention(config: TransformerConfig, **fields) -> nn.Module:

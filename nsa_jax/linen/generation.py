@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from nsa_jax import checks
+from nsa_jax.linen.transformer import NSATransformer
 
 Array = jax.Array
 
@@ -45,20 +45,20 @@ class Progress(NamedTuple):
     """Where a generation stands.
 
     Attributes:
-        cache: the model's.
-        logits: float32 [B, vocab_size], of the next token.
+        cache: the model's, which has seen all tokens but the last.
+        token: int32 [B], the last.
         number: int32 [], tokens generated so far.
         is_done: bool [B], rows that a stop token has ended.
     """
 
     cache: Any
-    logits: Array
+    token: Array
     number: Array
     is_done: Array
 
 
 def generate(
-    model: nn.Module,
+    model: NSATransformer,
     params: dict,
     prompt: Array,
     *,
@@ -73,11 +73,11 @@ def generate(
 ) -> Generated:
     """Tokens that follow a prompt, each drawn by the model that has seen those before.
 
-    The prompt goes into the model's cache in chunks, then one token a step. Compiled once for each shape, model, num_tokens,
-    top_k, stop_tokens and chunk_size; key, temperature and top_p may change.
+    The prompt goes into the model's cache in chunks, then one token a step. Compiled once for each shape, model,
+    num_tokens, top_k, stop_tokens and chunk_size; key, temperature and top_p may change.
 
     Args:
-        model: an `NSATransformer`, or a module that has its arguments and a field `decode`.
+        model: an `NSATransformer`.
         params: its parameters.
         prompt: integers [B, P], P >= 1.
         num_tokens: tokens to generate.
@@ -85,7 +85,7 @@ def generate(
         key: a PRNG key; needed unless temperature is 0.
         temperature: divides the logits; 0 takes the most probable token, of equal ones the first.
         top_k: draws from so many of the most probable tokens; from all unless given.
-        top_p: draws from the fewest most probable tokens that together have this probability, more than 0 and at most 1.
+        top_p: draws from the fewest most probable tokens that together have this probability, from above 0 to 1.
         stop_tokens: tokens that end a row.
         chunk_size: tokens of a chunk of the prompt.
 
@@ -116,15 +116,15 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens", "top_k", "stop_tokens", "chunk_size"))
 def _generate(model, params, prompt, lengths, how, *, num_tokens, top_k, stop_tokens, chunk_size) -> Generated:
-    capacity = prompt.shape[1] + num_tokens
+    capacity = prompt.shape[1] + num_tokens - 1
     progress = prefill(model, params, prompt, lengths, capacity=capacity, chunk_size=chunk_size)
     return advance(model, params, progress, how, num_tokens=num_tokens, top_k=top_k, stop_tokens=stop_tokens)[0]
 
 
-def decoding(model: nn.Module) -> nn.Module:
+def decoding(model: NSATransformer) -> NSATransformer:
     """The model with its cache."""
-    if not (isinstance(model, nn.Module) and hasattr(model, "decode")):
-        raise TypeError(f"model: expected a linen module with a field decode, got {type(model).__name__}")
+    if not isinstance(model, NSATransformer):
+        raise TypeError(f"model: expected an NSATransformer, got {type(model).__name__}")
     return model.clone(decode=True)
 
 
@@ -146,43 +146,32 @@ def sampling(key: Array | None, temperature: float, top_p: float | None) -> Samp
 
 
 def prefill(
-    model: nn.Module, params: dict, prompt: Array, lengths: Array, *, capacity: int, chunk_size: int
+    model: NSATransformer, params: dict, prompt: Array, lengths: Array, *, capacity: int, chunk_size: int
 ) -> Progress:
-    """A model that has seen prompts [B, P] of lengths int32 [B], with room for `capacity` tokens a row."""
+    """A model that has seen all but the last token of prompts [B, P] of lengths int32 [B].
+
+    capacity: the tokens that a row's cache has room for.
+    """
     batch, length = prompt.shape
-    size = min(chunk_size, length)
-    chunks = -(-length // size)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, capacity), jnp.int32))
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(abstract["cache"]))
+    cache = model.init_cache(batch, capacity)
+    last = jnp.take_along_axis(prompt, lengths[:, None] - 1, axis=1)[:, 0]
+    if length > 1:
+        size = min(chunk_size, length - 1)
+        chunks = -(-(length - 1) // size)
+        parts = jnp.pad(prompt[:, :-1], ((0, 0), (0, chunks * size - (length - 1))))
+        parts = parts.reshape(batch, chunks, size).swapaxes(0, 1)
+        firsts = size * jnp.arange(chunks, dtype=jnp.int32)
 
-    def chunk(cache, tokens, count):
-        """count, int32 [B], of the tokens: (cache, logits behind the last)."""
-        logits, kept = model.apply(
-            {"params": params, "cache": cache},
-            tokens,
-            lengths=count,
-            logits_at=jnp.maximum(count - 1, 0),
-            mutable=["cache"],
-        )
-        return kept["cache"], logits[:, 0]
+        def chunk(cache, part):
+            tokens, first = part
+            return _see(model, params, cache, tokens, jnp.clip(lengths - 1 - first, 0, size))[1], None
 
-    def step(carry, part):
-        cache, logits = carry
-        tokens, first = part
-        count = jnp.clip(lengths - first, 0, size)
-        cache, new = chunk(cache, tokens, count)
-        return (cache, jnp.where((count > 0)[:, None], new, logits)), None
-
-    parts = jnp.pad(prompt, ((0, 0), (0, chunks * size - length))).reshape(batch, chunks, size).swapaxes(0, 1)
-    cache, logits = chunk(cache, parts[0], jnp.minimum(lengths, size))
-    if chunks > 1:
-        firsts = size * jnp.arange(1, chunks, dtype=jnp.int32)
-        (cache, logits), _ = jax.lax.scan(step, (cache, logits), (parts[1:], firsts))
-    return Progress(cache, logits, jnp.zeros((), jnp.int32), jnp.zeros(batch, bool))
+        cache, _ = jax.lax.scan(chunk, cache, (parts, firsts))
+    return Progress(cache, last, jnp.zeros((), jnp.int32), jnp.zeros(batch, bool))
 
 
 def advance(
-    model: nn.Module,
+    model: NSATransformer,
     params: dict,
     progress: Progress,
     how: Sampling,
@@ -192,7 +181,7 @@ def advance(
     stop_tokens: tuple[int, ...],
 ) -> tuple[Generated, Progress]:
     """The next tokens, and where the generation stands then."""
-    batch = progress.logits.shape[0]
+    batch = progress.token.shape[0]
 
     def goes_on(carry):
         step, progress, _, _ = carry
@@ -200,15 +189,13 @@ def advance(
 
     def body(carry):
         step, progress, tokens, lengths = carry
-        token = draw(progress.logits, how, jax.random.fold_in(how.key, progress.number), top_k=top_k)
-        token = jnp.where(progress.is_done, 0, token)
-        goes = (~progress.is_done).astype(jnp.int32)
-        is_done = progress.is_done | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32)) & ~progress.is_done
-        logits, kept = model.apply(
-            {"params": params, "cache": progress.cache}, token[:, None], lengths=goes, mutable=["cache"]
-        )
-        progress = Progress(kept["cache"], logits[:, 0], progress.number + 1, is_done)
-        return step + 1, progress, tokens.at[:, step].set(token), lengths + goes
+        goes = ~progress.is_done
+        logits, cache = _see(model, params, progress.cache, progress.token[:, None], goes.astype(jnp.int32))
+        key = jax.random.fold_in(how.key, progress.number)
+        token = jnp.where(goes, draw(logits[:, 0], how, key, top_k=top_k), 0)
+        stops = jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
+        progress = Progress(cache, token, progress.number + 1, progress.is_done | stops)
+        return step + 1, progress, tokens.at[:, step].set(token), lengths + goes.astype(jnp.int32)
 
     tokens, lengths = jnp.zeros((batch, num_tokens), jnp.int32), jnp.zeros(batch, jnp.int32)
     carry = jnp.zeros((), jnp.int32), progress, tokens, lengths
@@ -216,8 +203,15 @@ def advance(
     return Generated(tokens, lengths), progress
 
 
+def _see(model, params, cache, tokens, lengths) -> tuple[Array, Any]:
+    """Logits behind the first lengths, int32 [B], of tokens [B, T], and the cache that has seen them."""
+    variables = {"params": params, "cache": cache}
+    logits, kept = model.apply(variables, tokens, lengths=lengths, mutable=["cache"])
+    return logits, kept["cache"]
+
+
 def draw(logits: Array, how: Sampling, key: Array, *, top_k: int | None) -> Array:
-    """int32 [B], a token by logits [B, vocab_size]; -1 where they are NaN, since the cache had no room."""
+    """int32 [B], a token by logits [B, vocab_size]; -1 where they are not finite, as without room in the cache."""
     greedy = jnp.argmax(logits, axis=-1)
     scaled = logits / jnp.where(how.temperature > 0, how.temperature, 1.0)
     if top_k is not None and top_k < logits.shape[1]:
