@@ -4,6 +4,7 @@ from nsa_jax.linen.attention import NativeSparseAttention
 from nsa_jax.linen.compression import MLPCompression
 from nsa_jax.linen.config import PRESETS, TransformerConfig
 from nsa_jax.linen.dense import DenseAttention
+from nsa_jax.linen.pytorch import config_from_torch, from_torch
 from nsa_jax.linen.transformer import NSATransformer, remat_policy
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "NSATransformer",
     "NativeSparseAttention",
     "TransformerConfig",
+    "config_from_torch",
+    "from_torch",
     "remat_policy",
 ]
