@@ -21,7 +21,7 @@ def test_python_block_runs(text):
     exec(compile(text, "block", "exec"), {"__name__": "block"})
 
 
-@pytest.mark.parametrize("module", ["nsa_jax", "nsa_jax.linen"])
+@pytest.mark.parametrize("module", ["nsa_jax", "nsa_jax.linen", "nsa_jax.nnx"])
 def test_api_page_has_every_public_name_with_its_parameters(module):
     public, page = importlib.import_module(module), (ROOT / "docs" / "api.md").read_text()
     for name in public.__all__:

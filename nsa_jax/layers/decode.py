@@ -75,27 +75,35 @@ def init_state(
     """
     branches, sizes = branches_in_use(layer), window_sizes(layer)
     heads, key_width, value_width = widths
-    block = layer.block_size
     options = {
-        "block_size": block,
+        "block_size": layer.block_size,
         "compression_window": sizes["window"],
         "compression_stride": sizes["stride"],
         "dtype": dtype,
     }
     cache = near = tail_key = tail_value = None
     if branches != ("sliding",):
-        cache = stacked(nsa_jax.init_cache(batch, -(-capacity // block) * block, *widths, **options), num_layers)
+        cache = stacked(empty_cache(batch, capacity, widths, **options), num_layers)
     if "sliding" in branches and (layer.separate_keys or cache is None):
-        slots = -(-(min(layer.window_size, capacity) + FEW_QUERIES - 1) // block) * block
-        near = nsa_jax.init_cache(batch, slots, *widths, **options)
-        near = dataclasses.replace(near, compressed_key=None, compressed_value=None, ring_capacity=capacity)
-        near = stacked(near, num_layers)
+        slots = min(layer.window_size, capacity) + FEW_QUERIES - 1
+        near = without_windows(empty_cache(batch, slots, widths, **options))
+        near = stacked(dataclasses.replace(near, ring_capacity=capacity), num_layers)
     if learned or (layer.separate_keys and {"compressed", "selected"} <= set(branches)):
         tail_key, tail_value = (
             jnp.zeros((batch, num_layers, sizes["window"] - 1, heads, width), dtype)
             for width in (key_width, value_width)
         )
     return LayerState(cache, near, tail_key, tail_value)
+
+
+def empty_cache(batch: int, capacity: int, widths: tuple[int, int, int], *, block_size: int = 64, **options) -> KVCache:
+    """`init_cache` of whole blocks."""
+    return nsa_jax.init_cache(batch, -(-capacity // block_size) * block_size, *widths, block_size=block_size, **options)
+
+
+def without_windows(cache: KVCache) -> KVCache:
+    """An empty cache in which no windows are kept."""
+    return dataclasses.replace(cache, compressed_key=None, compressed_value=None)
 
 
 def stacked(cache: KVCache, num_layers: int) -> KVCache:
