@@ -14,7 +14,7 @@ from nsa_jax.rows.queries import locate
 Array = jax.Array
 
 
-def attend(config: Config, query: Array, cache: KVCache, gates: PerBranch, block_counts: Array, place: Place) -> Array:
+def attend(config: Config, query: Array, cache: KVCache, gates: PerBranch, block_counts: Array | None, place: Place) -> Array:
     """[B, Tq, N, V], the gated sum of the branches, 0 for padding; long chunks go through in parts.
 
     Args:
@@ -22,7 +22,7 @@ def attend(config: Config, query: Array, cache: KVCache, gates: PerBranch, block
         query: [B, Tq, N, K].
         cache: the rows, the queries' own tokens in them.
         gates: [B, Tq, N] each, or None.
-        block_counts: int32 [] or [B, Tq, H].
+        block_counts: int32 [B, Tq, H], or None for config.max_block_count.
         place: where the queries stand.
     """
     batch, length = query.shape[:2]
@@ -39,10 +39,9 @@ def attend(config: Config, query: Array, cache: KVCache, gates: PerBranch, block
         number, query, gates, counts = arrays
         before = number * size
         here = Place(place.start + before, jnp.clip(place.count - before, 0, size))
-        return _attend(config, query, cache, gates, block_counts if counts is None else counts, here)
+        return _attend(config, query, cache, gates, counts, here)
 
-    counts = split(block_counts) if block_counts.ndim else None
-    arrays = jnp.arange(parts, dtype=jnp.int32), split(query), jax.tree.map(split, gates), counts
+    arrays = jnp.arange(parts, dtype=jnp.int32), split(query), jax.tree.map(split, gates), jax.tree.map(split, block_counts)
     output = jax.lax.map(part, arrays).swapaxes(0, 1)
     return output.reshape(batch, parts * size, *output.shape[3:])[:, :length]
 
@@ -52,7 +51,7 @@ def _attend(config, query, cache, gates, block_counts, place) -> Array:
     if gates.compressed is not None or gates.selected is not None:
         compressed = (whole_rows(cache, x, config.stride) for x in (cache.compressed_key, cache.compressed_value))
     arrays = Arrays(query, cache.key, cache.value, *compressed)
-    routing = Routing(None, None, None, block_counts)
+    routing = Routing(None, None, None, None)
     outputs, _ = branches.run(_Cached(config, arrays, cache, block_counts, place), arrays, gates, routing)
     return branches.gated_sum(gates, outputs, query, cache.value)
 
@@ -60,9 +59,10 @@ def _attend(config, query, cache, gates, block_counts, place) -> Array:
 class _Cached:
     """The branches, see `branches.Implementation`."""
 
-    def __init__(self, config: Config, arrays: Arrays, cache: KVCache, block_counts: Array, place: Place):
+    def __init__(self, config: Config, arrays: Arrays, cache: KVCache, block_counts: Array | None, place: Place):
         self.config, self.arrays, self.cache = config, arrays, cache
-        self.block_counts, self.place = block_counts, place
+        self.block_counts = config.max_block_count if block_counts is None else block_counts
+        self.place = place
         self.row = row_of(place, arrays.query.shape[1], cache.capacity)
         self.windows = {"window": config.window, "stride": config.stride, "scale": config.scale}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 from typing import Literal
 
 import jax
@@ -223,8 +222,9 @@ def cached_attention(
     num_init_blocks, num_local_blocks = checks.forced_blocks(num_init_blocks, num_local_blocks)
     block_counts = checks.block_counts(block_counts, query, cache.key)
     num_blocks = -(-cache.capacity // cache.block_size)
-    if max_block_count is None:
-        max_block_count = block_counts if isinstance(block_counts, int) else num_blocks
+    max_block_count = num_blocks if max_block_count is None else checks.max_block_count(max_block_count)
+    if isinstance(block_counts, int):
+        max_block_count, block_counts = min(max_block_count, block_counts), None
     config = Config(
         scale=checks.scale(scale, query),
         block_size=cache.block_size,
@@ -233,7 +233,7 @@ def cached_attention(
         stride=cache.compression_stride,
         num_init_blocks=num_init_blocks,
         num_local_blocks=num_local_blocks,
-        max_block_count=min(checks.max_block_count(max_block_count), num_blocks),
+        max_block_count=min(max_block_count, num_blocks),
     )
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
@@ -242,7 +242,7 @@ def cached_attention(
         raise ValueError(
             f"query: expected the {appended.max()} tokens that were last appended, got {query.shape[1]} tokens"
         )
-    leaves, tree = jax.tree.flatten((query, cache, gates, checks.as_int32(block_counts)))
+    leaves, tree = jax.tree.flatten((query, cache, gates, block_counts))
     attend = functools.partial(_attend, config, checks.resolve_implementation(implementation), tree)
     return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
 
@@ -262,10 +262,11 @@ def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
 
 def _triton(config, query, cache, gates, block_counts, place) -> Array:
     """[B, Tq, N, V], 0 for padding: a few queries by kernels of their own, more by those for whole rows."""
-    if query.shape[1] <= FEW_QUERIES and importlib.util.find_spec("nsa_jax.gpu.decode"):
+    counts = config.max_block_count if block_counts is None else block_counts
+    if query.shape[1] <= FEW_QUERIES:
         from nsa_jax.gpu import decode
 
-        return decode.attend(config, query, *rows.pools(cache), *place, gates, block_counts)
+        return decode.attend(config, query, *rows.pools(cache), *place, gates, counts)
     from nsa_jax.gpu import whole
 
     number = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
@@ -276,7 +277,7 @@ def _triton(config, query, cache, gates, block_counts, place) -> Array:
         units = {"key": 1, "value": 1}
     arrays = {name: rows.whole_rows(cache, getattr(cache, name), unit) for name, unit in units.items()}
     arrays = Arrays(query, **{"compressed_key": None, "compressed_value": None, **arrays})
-    return whole.attend(config, arrays, gates, Routing(None, query_indices, None, block_counts))
+    return whole.attend(config, arrays, gates, Routing(None, query_indices, None, checks.as_int32(counts)))
 
 
 def _checked(cache: KVCache) -> KVCache:
