@@ -41,8 +41,8 @@ def compressed(
 ):  # fmt: skip
     """A query row is a (query, head of the group) pair, number query * G + head, R = QUERIES * G of them.
 
-    Writes, all float32: own_scores, next_scores [B, H, R, BLOCKS], log2 of what the windows of a block give to its
-    importance and to that of the next block, in units of 2^lse; where BLOCK_STRIDES is 1 own_scores are the windows'
+    Writes, all float32: own_scores, next_scores [B, H, R, BLOCKS], log2 of what the windows of a block, and of the block
+    before, give to its importance, in units of 2^lse; where BLOCK_STRIDES is 1 own_scores are the windows'
     scores. peaks, totals [B, H, SPLITS, R], sums [B, H, SPLITS, R, V]. Grid: B * SPLITS * TILES * H.
     """
     shape = StepShape(QUERIES, CAPACITY, H, G, K, V, K_PARTS, V_PARTS, PRECISION)
@@ -95,7 +95,7 @@ def compressed(
             written = inside[:, None] & (block < BLOCKS)[None, :]
             tl.store(own_scores + at, own, mask=written)
             if WINDOW > STRIDE:
-                tl.store(next_scores + at, spill, mask=written)
+                tl.store(next_scores + at + 1, spill, mask=written & (block < BLOCKS - 1)[None, :])
     base = ((row * H + head) * SPLITS + split) * R + nth * ROWS
     store_statistics(peaks, totals, base, inside, peak, total)
     if WITH_VALUE:

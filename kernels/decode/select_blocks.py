@@ -92,17 +92,18 @@ def select(
         best = tl.full([ENTRIES], -1, dtype=tl.int64)
         for begin in range(0, stop, CHUNK):
             block = begin + tl.arange(0, CHUNK)
+            read = (block < tl.cdiv(stop, 16) * 16)[None, :]  # wide loads: what lies behind does not count
             importance = tl.zeros([CHUNK], dtype=tl.float32)
             for first in tl.static_range(0, G, HEADS):
                 g = first + tl.arange(0, HEADS)
                 lse = _lse(peaks, totals, g, R, G, SPLITS, SPLITS_PADDED)
                 tainted = tl.maximum(tainted, _tainted(lse))
                 at = g[:, None] * BLOCKS + block[None, :]
-                inside = (g < G)[:, None] & (block < stop)[None, :]
-                score = tl.load(own_scores + at, mask=inside, other=float("-inf"))
+                score = tl.load(own_scores + at, mask=(g < G)[:, None] & read, other=float("-inf"))
                 importance += tl.sum(tl.exp2(score - lse), 0)
                 if OVERLAP:
-                    score = tl.load(next_scores + at - 1, mask=inside & (block > 0)[None, :], other=float("-inf"))
+                    score = tl.load(next_scores + at, mask=(g < G)[:, None] & read, other=float("-inf"))
+                    score = tl.where(block[None, :] > 0, score, float("-inf"))
                     importance += tl.sum(tl.exp2(score - lse), 0)
             # a float's bits order as the floats do, NaN counts as 0
             rank = tl.maximum(importance, 0.0).to(tl.int32, bitcast=True).to(tl.int64)

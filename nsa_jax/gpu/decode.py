@@ -171,6 +171,7 @@ def _run(step: _Step, pool: _Pool, rows: _Rows) -> Array:
     capacity = rows.page_indices.shape[1] * page if step.paged else pool.key.shape[1]
     blocks = -(-capacity // config.block_size)
     S = min(config.max_block_count, blocks)
+    scored = -(-blocks // 16) * 16  # rows of scores that wide loads can read
     shape = {
         "QUERIES": Tq, "CAPACITY": capacity, "H": H, "G": N // H, "K": K, "V": V, "K_PARTS": tiling.parts(K),
         "V_PARTS": tiling.parts(V), "PRECISION": device.dot_precision(), "FACTOR": config.scale * _LOG2E,
@@ -179,7 +180,7 @@ def _run(step: _Step, pool: _Pool, rows: _Rows) -> Array:
     selection = {"COUNTED": step.counted, "S": S, "BLOCK_SIZE": config.block_size}
     compressed, near, taint = None, None, rows.query
     if gates.compressed is not None or gates.selected is not None:
-        compressed, scores = _compressed(step, pool, rows, shape, blocks, page)
+        compressed, scores = _compressed(step, pool, rows, shape, scored, page)
     if gates.selected is not None:
         block_indices, taint = _select(step, rows, shape, selection, compressed, scores)
     else:
@@ -250,7 +251,7 @@ def _select(step, rows, shape, selection, compressed, scores):
         ),
         programs=B * Tq * H, warps=8 if chunk > 256 else 4, stages=1, flops=B * Tq * N * blocks,
         QUERIES=Tq, CAPACITY=shape["CAPACITY"], H=H, G=G, INIT=min(config.num_init_blocks, blocks),
-        LOCAL=min(max(config.num_local_blocks, 1), blocks), OVERLAP=config.window > config.stride, BLOCKS=blocks,
+        LOCAL=min(max(config.num_local_blocks, 1), blocks), OVERLAP=config.window > config.stride, BLOCKS=scores[0].shape[3],
         SPLITS=splits, SPLITS_PADDED=tiling.power_of_two(splits),
         HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)), CHUNK=chunk,
         ENTRIES=tiling.power_of_two(selection["S"]), **selection,
