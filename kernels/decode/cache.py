@@ -7,46 +7,6 @@ from ..tiles import load_rows
 
 
 @triton.aggregate
-class StepShape:
-    """Sizes of a step.
-
-    Attributes:
-        QUERIES: queries of a batch row.
-        CAPACITY: tokens that a batch row has room for.
-        H: kv heads.
-        G: query heads of a kv head.
-        K, V: key and value width.
-        K_PARTS, V_PARTS: powers of two into which the widths are cut, see tiles.py.
-        PRECISION: of float32 products, Triton's `input_precision`.
-    """
-
-    QUERIES: tl.constexpr
-    CAPACITY: tl.constexpr
-    H: tl.constexpr
-    G: tl.constexpr
-    K: tl.constexpr
-    V: tl.constexpr
-    K_PARTS: tl.tuple
-    V_PARTS: tl.tuple
-    PRECISION: tl.constexpr
-
-
-@triton.aggregate
-class Layout:
-    """How the keys of batch rows lie in memory.
-
-    Attributes:
-        KEYS: keys that a batch row has room for, [B, KEYS, H, D].
-        PAGE: keys of a page, [POOL, PAGE, H, D]; 0 where rows lie in one piece.
-        POOL: pages of all rows.
-    """
-
-    KEYS: tl.constexpr
-    PAGE: tl.constexpr
-    POOL: tl.constexpr
-
-
-@triton.aggregate
 class Tile:
     """Keys of one tile.
 
@@ -62,21 +22,25 @@ class Tile:
 
 
 @triton.jit
-def locate(page_indices, row, first, inside, layout, KEYS: tl.constexpr):
-    """The `Tile` of the keys from `first` on, a multiple of KEYS, of a batch row."""
+def locate(
+    page_indices, row, first, inside, LENGTH: tl.constexpr, PAGE: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr
+):
+    """The `Tile` of the keys from `first` on, a multiple of KEYS, of a batch row.
+
+    A row has room for LENGTH keys: in one piece [B, LENGTH, H, D] where PAGE is 0, else in pages of PAGE keys, of which
+    there are POOL, [POOL, PAGE, H, D]. A page beyond them is never read.
+    """
     local = tl.arange(0, KEYS)
-    if layout.PAGE == 0:
-        return Tile(row * layout.KEYS + first, local, inside)
+    if PAGE == 0:
+        return Tile(row * LENGTH + first, local, inside)
+    elif PAGE % KEYS == 0:
+        page = tl.load(page_indices + row * (LENGTH // PAGE) + first // PAGE)
+        page = tl.minimum(tl.maximum(page, 0), POOL - 1).to(tl.int64)
+        return Tile(page * PAGE + first % PAGE, local, inside)
     else:
-        PAGES: tl.constexpr = layout.KEYS // layout.PAGE
-        if layout.PAGE % KEYS == 0:
-            page = tl.load(page_indices + row * PAGES + first // layout.PAGE)
-            page = tl.minimum(tl.maximum(page, 0), layout.POOL - 1).to(tl.int64)
-            return Tile(page * layout.PAGE + first % layout.PAGE, local, inside)
-        else:
-            page = tl.load(page_indices + row * PAGES + (first + local) // layout.PAGE, mask=inside, other=0)
-            page = tl.minimum(tl.maximum(page, 0), layout.POOL - 1).to(tl.int64)
-            return Tile(row * 0, page * layout.PAGE + (first + local) % layout.PAGE, inside)
+        page = tl.load(page_indices + row * (LENGTH // PAGE) + (first + local) // PAGE, mask=inside, other=0)
+        page = tl.minimum(tl.maximum(page, 0), POOL - 1).to(tl.int64)
+        return Tile(row * 0, page * PAGE + (first + local) % PAGE, inside)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..clean import finite_rows, keep_rows
 from ..tiles import load_rows, store_rows, zeros
-from .cache import Layout, StepShape, load_tile, locate, split_range, windows_seen
+from .cache import load_tile, locate, split_range, windows_seen
 from .partial import exponents, store_statistics, take_in
 
 
@@ -45,8 +45,6 @@ def compressed(
     before, give to its importance, in units of 2^lse; where BLOCK_STRIDES is 1 own_scores are the windows'
     scores. peaks, totals [B, H, SPLITS, R], sums [B, H, SPLITS, R, V]. Grid: B * SPLITS * TILES * H.
     """
-    shape = StepShape(QUERIES, CAPACITY, H, G, K, V, K_PARTS, V_PARTS, PRECISION)
-    layout = Layout(CAPACITY // STRIDE, PAGE, POOL)
     R: tl.constexpr = QUERIES * G
     program = tl.program_id(0)
     head = program % H
@@ -73,7 +71,7 @@ def compressed(
     output = zeros(ROWS, V_PARTS)
     for step in range(first, last):
         number = step * KEYS + tl.arange(0, KEYS)
-        tile = locate(page_indices, row, step * KEYS, number < windows, layout, KEYS)
+        tile = locate(page_indices, row, step * KEYS, number < windows, CAPACITY // STRIDE, PAGE, POOL, KEYS)
         k = load_tile(key, tile, head, H, K, K_PARTS)
         v = load_tile(value, tile, head, H, V, V_PARTS) if WITH_VALUE else k
         if QUERIES > 1:  # queries differ in what they see: what is not finite must not meet the weight 0 of others

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import load_rows, store_rows, zeros
-from .cache import Layout, StepShape, load_tile, locate, split_range
+from .cache import load_tile, locate, split_range
 from .partial import exponents, store_statistics, take_in
 from .select_blocks import room_of
 
@@ -23,8 +23,6 @@ def near(
     The splits are those of the selected branch, then those of the sliding one. A program's rows are heads of the group
     of one query, so that they see the same keys. Grid: B * QUERIES * SPLITS * TILES * H.
     """
-    shape = StepShape(QUERIES, CAPACITY, H, G, K, V, K_PARTS, V_PARTS, PRECISION)
-    layout = Layout(CAPACITY, PAGE, POOL)
     SPLITS: tl.constexpr = SELECTED_SPLITS + SLIDING_SPLITS
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS
     program = tl.program_id(0)
@@ -66,7 +64,7 @@ def near(
             token = tl.where(selects, block * BLOCK_SIZE + step % PIECES * KEYS, token)
         number = token + tl.arange(0, KEYS)
         seen = (number >= earliest) & (number <= position)
-        tile = locate(page_indices, row, token, seen, layout, KEYS)
+        tile = locate(page_indices, row, token, seen, CAPACITY, PAGE, POOL, KEYS)
         k = load_tile(key, tile, head, H, K, K_PARTS)
         v = load_tile(value, tile, head, H, V, V_PARTS)
         score = exponents(q, k, FACTOR, K_PARTS, PRECISION)

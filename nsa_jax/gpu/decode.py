@@ -142,8 +142,8 @@ _PROGRAMS = 4  # of a multiprocessor: enough for the copies in flight to hide th
 _MOST_SPLITS = 64
 
 
-def _sizes(capability: int, rows: int, columns: int, itemsize: int, keys: int) -> _Sizes:
-    """Sizes for so many rows, key plus value columns, of elements of so many bytes; keys: how many at least."""
+def _sizes(capability: int, rows: int, columns: int, itemsize: int, keys: int, paged: bool) -> _Sizes:
+    """Sizes for so many rows, key plus value columns, of elements of so many bytes."""
     side = min(64, max(16, tiling.power_of_two(rows)))
     tiles = -(-rows // side)
     if capability == tiling.INTERPRETER:
@@ -152,11 +152,12 @@ def _sizes(capability: int, rows: int, columns: int, itemsize: int, keys: int) -
         return _Sizes(side, tiles, keys, 4, 1)
     warps = max(side // 16, 1 if columns <= 320 else 2)  # a warp has 16 rows, so that no two share a row's statistics
     stages = 3 if keys * columns <= 32 * 256 else 2
-    return _Sizes(side, tiles, keys, warps, stages)
+    return _Sizes(side, tiles, keys, warps, stages + 2 * paged)  # as many again ahead of the keys are the pages looked up
 
 
-def _programs() -> int:
-    return _PROGRAMS * device.multiprocessors()
+def _programs(capability: int) -> int:
+    """How many programs fill the device."""
+    return 16 if capability == tiling.INTERPRETER else _PROGRAMS * device.multiprocessors()
 
 
 def _spread(programs: int, tiles: int, others: int) -> int:
@@ -204,9 +205,9 @@ def _compressed(step, pool, rows, shape, blocks, page):
     columns = sum(shape["K_PARTS"]) + (sum(shape["V_PARTS"]) if with_value else 0)
     itemsize = rows.query.dtype.itemsize
     capability = device.capability_of(kernels.compressed)
-    sizes = _sizes(capability, R, columns, itemsize, max(16 if itemsize > 2 else 32, strides))
+    sizes = _sizes(capability, R, columns, itemsize, max(16 if itemsize > 2 else 32, strides), step.paged)
     windows = shape["CAPACITY"] // config.stride
-    splits = _spread(_programs(), -(-windows // sizes.keys), B * H * sizes.tiles)
+    splits = _spread(_programs(capability), -(-windows // sizes.keys), B * H * sizes.tiles)
     key, value = pool.compressed_key, pool.compressed_value
     if windows == 0 or not with_value:
         value = rows.query  # a kernel can be given it; nobody reads it
@@ -267,14 +268,15 @@ def _near(step, pool, rows, shape, selection, block_indices, page):
     K, V, H, G = shape["K"], shape["V"], shape["H"], shape["G"]
     columns, itemsize = sum(shape["K_PARTS"]) + sum(shape["V_PARTS"]), rows.query.dtype.itemsize
     keys = min(config.block_size, 16 if itemsize > 2 else 32)
-    sizes = _sizes(device.capability_of(kernels.near), G, columns, itemsize, keys)
+    capability = device.capability_of(kernels.near)
+    sizes = _sizes(capability, G, columns, itemsize, keys, step.paged)
     window = min(config.window_size, shape["CAPACITY"])
     tiles = (
         selection["S"] * config.block_size // keys if gates.selected is not None else 0,
         -(-window // keys) + 1 if gates.sliding is not None else 0,
     )
     others = B * Tq * H * sizes.tiles
-    each = max(2, -(-sum(tiles) // max(1, round(_programs() / max(others, 1)))))
+    each = max(2, -(-sum(tiles) // max(1, round(_programs(capability) / max(others, 1)))))
     splits = tuple(min(_MOST_SPLITS, -(-count // each)) for count in tiles)
     partial = launch(
         kernels.near, rows.query, pool.key, pool.value, _or(rows.page_indices, rows.start), rows.start, rows.count,
