@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nsa_jax import tiling
 from nsa_jax.branches import Config, PerBranch
-from nsa_jax.runtime import device, transforms
+from nsa_jax.runtime import device
 from nsa_jax.runtime.launch import launch
 
 Array = jax.Array
@@ -62,8 +62,8 @@ def attend(
 ) -> Array:
     """The gated sum of the branches for queries at the end of their rows: [B, Tq, N, V] in query's dtype.
 
-    Query i of row b stands at start[b] + i if i < count[b]; otherwise it is padding and gives 0. Of the cache nothing is
-    read that no query sees.
+    Query i of row b stands at start[b] + i if i < count[b]; otherwise it is padding and gives 0. Nothing is read of the
+    cache that no query sees.
 
     Args:
         config: window and stride of the compression, selection, window size, scale.
@@ -152,7 +152,9 @@ def _sizes(capability: int, rows: int, columns: int, itemsize: int, keys: int, p
         return _Sizes(side, tiles, keys, 4, 1)
     warps = max(side // 16, 1 if columns <= 320 else 2)  # a warp has 16 rows, so that no two share a row's statistics
     stages = 3 if keys * columns <= 32 * 256 else 2
-    return _Sizes(side, tiles, keys, warps, stages + 2 * paged)  # as many again ahead of the keys are the pages looked up
+    return _Sizes(
+        side, tiles, keys, warps, stages + 2 * paged
+    )  # as many again ahead of the keys are the pages looked up
 
 
 def _programs(capability: int) -> int:
@@ -167,7 +169,7 @@ def _spread(programs: int, tiles: int, others: int) -> int:
 
 def _run(step: _Step, pool: _Pool, rows: _Rows) -> Array:
     config, gates = step.config, rows.gates
-    (B, Tq, N, K), (H, V) = rows.query.shape, pool.value.shape[2:]
+    (_, Tq, N, K), (H, V) = rows.query.shape, pool.value.shape[2:]
     page = pool.key.shape[1] if step.paged else 0
     capacity = rows.page_indices.shape[1] * page if step.paged else pool.key.shape[1]
     blocks = -(-capacity // config.block_size)
@@ -252,8 +254,8 @@ def _select(step, rows, shape, selection, compressed, scores):
         ),
         programs=B * Tq * H, warps=8 if chunk > 256 else 4, stages=1, flops=B * Tq * N * blocks,
         QUERIES=Tq, CAPACITY=shape["CAPACITY"], H=H, G=G, INIT=min(config.num_init_blocks, blocks),
-        LOCAL=min(max(config.num_local_blocks, 1), blocks), OVERLAP=config.window > config.stride, BLOCKS=scores[0].shape[3],
-        SPLITS=splits, SPLITS_PADDED=tiling.power_of_two(splits),
+        LOCAL=min(max(config.num_local_blocks, 1), blocks), OVERLAP=config.window > config.stride,
+        BLOCKS=scores[0].shape[3], SPLITS=splits, SPLITS_PADDED=tiling.power_of_two(splits),
         HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)), CHUNK=chunk,
         ENTRIES=tiling.power_of_two(selection["S"]), **selection,
     )  # fmt: skip
