@@ -42,7 +42,7 @@ def compressed(
     """A query row is a (query, head of the group) pair, number query * G + head, R = QUERIES * G of them.
 
     Writes, all float32: own_scores, next_scores [B, H, R, BLOCKS], log2 of what the windows of a block, and of the
-    block before, give to its importance, in units of 2^lse; where BLOCK_STRIDES is 1 own_scores are the windows' scores.
+    block before, give to its importance, in units of 2^lse; where BLOCK_STRIDES is 1 own_scores are scores of windows.
     peaks, totals [B, H, SPLITS, R], sums [B, H, SPLITS, R, V]. Grid: B * SPLITS * TILES * H.
     """
     R: tl.constexpr = QUERIES * G
