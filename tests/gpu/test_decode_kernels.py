@@ -115,12 +115,12 @@ def attend(step, **changes):
 
 
 STEPS = {
-    "one query, a group of 16": Step(96, 16, 1, 32, 32, (95, 0, 40), (1, 1, 0)),
+    "one query, a group of 16": Step(96, 16, 1, 16, 16, (95, 0, 40), (1, 1, 0)),
     "overlapping windows, unequal widths": Step(
-        160, 6, 2, 20, 36, (150, 0, 17), (4, 3, 0), Tq=4, window=8, stride=4, S=5, window_size=50
+        96, 6, 2, 20, 36, (90, 0), (3, 2), Tq=3, window=8, stride=4, S=5, window_size=50
     ),
-    "pages of one window": Step(96, 3, 1, 16, 12, (83, 30), (4, 2), Tq=4, page_size=16, S=3),
-    "pages of many windows": Step(128, 2, 2, 16, 16, (119, 3), (8, 8), Tq=8, window=4, stride=4, page_size=64, S=3),
+    "pages of one window": Step(64, 3, 1, 16, 12, (60, 30), (3, 1), Tq=3, page_size=16, S=3),
+    "pages of many windows": Step(128, 1, 1, 16, 16, (119, 3), (8, 8), Tq=8, window=4, stride=4, page_size=64, S=3),
     "counts of blocks": Step(128, 2, 1, 16, 16, (120, 60), (3, 3), Tq=3, counts=True, init=2, local=1),
     "block of 64, a window longer than the row": Step(150, 4, 1, 64, 32, (140,), (1,), block_size=64, window=64,
         stride=64, S=2, window_size=10**12),
@@ -160,38 +160,39 @@ def test_of_equal_importance_the_first_blocks_are_taken(monkeypatch, ranked):
     assert_close([attend(step)], [step.expected()])
 
 
-def poisoned(x, at, number=np.nan):
-    x = np.array(x)
-    x[at] = number
-    return jnp.asarray(x)
-
-
-# what is poisoned -> the queries [B, Tq] that see it, of two rows with 4 queries each from place 62 on
+# what is poisoned with what -> the queries [B, Tq] that see it, of two rows with 4 queries each from place 62 on
 SEEN_BY = {
-    ("key", (0, 3)): [[0, 0, 0, 0], [0, 0, 0, 0]],  # neither selected nor near
-    ("key", (0, 64)): [[0, 0, 1, 1], [0, 0, 0, 0]],  # new, seen from its own place on
-    ("value", (1, 65)): [[0, 0, 0, 0], [0, 0, 0, 1]],
-    ("value", (0, 50)): [[1, 1, 1, 1], [0, 0, 0, 0]],
-    ("compressed_key", (0, 3)): [[0, 1, 1, 1], [0, 0, 0, 0]],  # complete at place 63
-    ("compressed_value", (1, 0)): [[0, 0, 0, 0], [1, 1, 1, 1]],
-    ("query", (1, 2)): [[0, 0, 0, 0], [0, 0, 1, 0]],
+    ("key", (0, 3), np.nan): [[0, 0, 0, 0], [0, 0, 0, 0]],  # neither selected nor near
+    ("key", (0, 64), -np.inf): [[0, 0, 1, 1], [0, 0, 0, 0]],  # new, seen from its own place on
+    ("value", (1, 65), np.nan): [[0, 0, 0, 0], [0, 0, 0, 1]],
+    ("value", (0, 50), np.inf): [[1, 1, 1, 1], [0, 0, 0, 0]],
+    ("compressed_key", (0, 3), np.inf): [[0, 1, 1, 1], [0, 0, 0, 0]],  # complete at place 63
+    ("compressed_value", (1, 0), np.nan): [[0, 0, 0, 0], [1, 1, 1, 1]],
+    ("query", (1, 2), np.nan): [[0, 0, 0, 0], [0, 0, 1, 0]],
 }
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.fixture(scope="module")
+def finite():
+    step = Step(80, 2, 1, 16, 16, (62, 62), (4, 4), Tq=4, S=2, init=0)
+    return step, np.asarray(attend(step))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 @pytest.mark.parametrize("what", SEEN_BY, ids=str)
-def test_what_is_not_finite_reaches_those_who_see_it(what, number):
-    name, at = what
-    step = Step(80, 4, 1, 16, 16, (62, 62), (4, 4), Tq=4, S=2, init=0)
-    clean = np.asarray(attend(step))
+def test_what_is_not_finite_reaches_those_who_see_it(finite, what):
+    name, at, number = what
+    step, clean = finite
     names = ("query", "key", "value", "compressed_key", "compressed_value")
-    array = dict(zip(names, step.arguments(), strict=False))[name]
-    result = np.asarray(attend(step, **{name: poisoned(array, at, number)}))
+    poisoned = np.array(dict(zip(names, step.arguments(), strict=False))[name])
+    poisoned[at][..., 1] = number
+    result = np.asarray(attend(step, **{name: jnp.asarray(poisoned)}))
     seen = np.array(SEEN_BY[what], bool)
     assert np.isnan(result[seen]).all()
     assert_same_bits([result[~seen]], [clean[~seen]])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_selection_by_what_is_not_finite():
     # the compressed branch is dropped, so that it is the list of blocks alone that comes from a NaN
     step = Step(80, 4, 2, 16, 16, (70, 70), (1, 1), S=2, drop=("compressed",))
@@ -213,6 +214,6 @@ def test_vmap_puts_rows_and_pools_together():
     twice = jnp.stack([arrays[0], arrays[0] / 2])
     alone = attend(step, query=twice[1])
     both = jax.jit(jax.vmap(of, in_axes=(0, *[None] * 8)))(twice, *arrays[1:])
-    assert_same_bits(both, (shared, alone))
+    assert_close(both, (shared, alone))  # more rows have fewer splits
     all_twice = jax.tree.map(lambda x: jnp.stack([x, x]), tuple(arrays[1:]))
-    assert_same_bits(jax.jit(jax.vmap(of))(twice, *all_twice), (shared, alone))
+    assert_close(jax.jit(jax.vmap(of))(twice, *all_twice), (shared, alone))
