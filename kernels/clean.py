@@ -7,7 +7,7 @@ from .tiles import load_rows, store_rows
 
 
 @triton.jit
-def _finite(tiles, PARTS: tl.constexpr):
+def finite_rows(tiles, PARTS: tl.constexpr):
     """[M]: 1 where the row of a tuple of [M, PARTS[i]] tiles is finite, else 0."""
     finite = tl.min((tl.abs(tiles[0]) < float("inf")).to(tl.int32), 1)
     for i in tl.static_range(1, len(PARTS)):
@@ -16,7 +16,7 @@ def _finite(tiles, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _kept(tiles, finite, PARTS: tl.constexpr):
+def keep_rows(tiles, finite, PARTS: tl.constexpr):
     """The tiles with 0 in the rows that are not finite."""
     kept = ()
     for i in tl.static_range(len(PARTS)):
@@ -50,10 +50,10 @@ def clean(
     inside = first + local < COUNT
     k = load_rows(key + first * K, local * K, inside, K, K_PARTS)  # [ROWS, K]
     v = load_rows(value + first * V, local * V, inside, V, V_PARTS)  # [ROWS, V]
-    finite = tl.minimum(_finite(k, K_PARTS), _finite(v, V_PARTS))
+    finite = tl.minimum(finite_rows(k, K_PARTS), finite_rows(v, V_PARTS))
     if WITH_KEY:
-        store_rows(clean_key + first * K, local * K, _kept(k, finite, K_PARTS), inside, K, K_PARTS)
-    store_rows(clean_value + first * V, local * V, _kept(v, finite, V_PARTS), inside, V, V_PARTS)
+        store_rows(clean_key + first * K, local * K, keep_rows(k, finite, K_PARTS), inside, K, K_PARTS)
+    store_rows(clean_value + first * V, local * V, keep_rows(v, finite, V_PARTS), inside, V, V_PARTS)
     number = first + local
     at = (number // (C * H) * H + number % H) * C + number // H % C
     tl.store(unclean + at, (1 - finite).to(tl.int8), mask=inside)
