@@ -14,7 +14,9 @@ from nsa_jax.rows.queries import locate
 Array = jax.Array
 
 
-def attend(config: Config, query: Array, cache: KVCache, gates: PerBranch, block_counts: Array | None, place: Place) -> Array:
+def attend(
+    config: Config, query: Array, cache: KVCache, gates: PerBranch, block_counts: Array | None, place: Place
+) -> Array:
     """[B, Tq, N, V], the gated sum of the branches, 0 for padding; long chunks go through in parts.
 
     Args:
@@ -41,18 +43,18 @@ def attend(config: Config, query: Array, cache: KVCache, gates: PerBranch, block
         here = Place(place.start + before, jnp.clip(place.count - before, 0, size))
         return _attend(config, query, cache, gates, counts, here)
 
-    arrays = jnp.arange(parts, dtype=jnp.int32), split(query), jax.tree.map(split, gates), jax.tree.map(split, block_counts)
+    arrays = jnp.arange(parts, dtype=jnp.int32), *jax.tree.map(split, (query, gates, block_counts))
     output = jax.lax.map(part, arrays).swapaxes(0, 1)
     return output.reshape(batch, parts * size, *output.shape[3:])[:, :length]
 
 
 def _attend(config, query, cache, gates, block_counts, place) -> Array:
     compressed = None, None
-    if gates.compressed is not None or gates.selected is not None:
+    if gates.compressed is not None or (gates.selected is not None and not config.selects_all):
         compressed = (whole_rows(cache, x, config.stride) for x in (cache.compressed_key, cache.compressed_value))
     arrays = Arrays(query, cache.key, cache.value, *compressed)
     routing = Routing(None, None, None, None)
-    outputs, _ = branches.run(_Cached(config, arrays, cache, block_counts, place), arrays, gates, routing)
+    outputs, _ = branches.run(_Cached(config, arrays, cache, block_counts, place), config, arrays, gates, routing)
     return branches.gated_sum(gates, outputs, query, cache.value)
 
 
@@ -98,10 +100,16 @@ class _Cached:
             )
         return _attend_gathered(query, cache, self.row.queries, block_indices, unclean, **options)
 
+    def all_selected(self) -> tuple[Array, Array]:
+        return self._nearest(self.cache.capacity)
+
     def sliding(self, outputs: PerBranch) -> tuple[Array, Array]:
+        return self._nearest(min(self.config.window_size, self.cache.capacity))
+
+    def _nearest(self, reach: int) -> tuple[Array, Array]:
         """Attention to the tokens that the windows of all queries cover, taken out of the row."""
         query, cache, place = self.arrays.query, self.cache, self.place
-        queries, reach = query.shape[1], min(self.config.window_size, cache.capacity)
+        queries = query.shape[1]
         span = min(queries + reach - 1, cache.capacity)
         first = jnp.clip(place.start - (reach - 1), 0, cache.capacity - span)
         position = first[:, None] + jnp.arange(span, dtype=jnp.int32)[None]

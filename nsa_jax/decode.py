@@ -223,6 +223,7 @@ def cached_attention(
     block_counts = checks.block_counts(block_counts, query, cache.key)
     num_blocks = -(-cache.capacity // cache.block_size)
     max_block_count = num_blocks if max_block_count is None else checks.max_block_count(max_block_count)
+    selects_all = isinstance(block_counts, int) and block_counts >= num_blocks
     if isinstance(block_counts, int):
         max_block_count, block_counts = min(max_block_count, block_counts), None
     config = Config(
@@ -234,6 +235,7 @@ def cached_attention(
         num_init_blocks=num_init_blocks,
         num_local_blocks=num_local_blocks,
         max_block_count=min(max_block_count, num_blocks),
+        selects_all=selects_all and max_block_count >= num_blocks,
     )
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
@@ -273,7 +275,7 @@ def _triton(config, query, cache, gates, block_counts, place) -> Array:
     is_placed = number < place.count[:, None]
     query, query_indices = clear_padding(query, is_placed), jnp.where(is_placed, place.start[:, None] + number, -1)
     units = {"key": 1, "value": 1, "compressed_key": config.stride, "compressed_value": config.stride}
-    if gates.compressed is None and gates.selected is None:
+    if gates.compressed is None and (gates.selected is None or config.selects_all):
         units = {"key": 1, "value": 1}
     arrays = {name: rows.whole_rows(cache, getattr(cache, name), unit) for name, unit in units.items()}
     arrays = Arrays(query, **{"compressed_key": None, "compressed_value": None, **arrays})
