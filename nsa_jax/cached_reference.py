@@ -113,7 +113,8 @@ class _Cached:
         span = min(queries + reach - 1, cache.capacity)
         first = jnp.clip(place.start - (reach - 1), 0, cache.capacity - span)
         position = first[:, None] + jnp.arange(span, dtype=jnp.int32)[None]
-        near = (read(cache, x, position) for x in (cache.key, cache.value))
+        whole = span == cache.capacity and cache.ring_capacity is None
+        near = (whole_rows(cache, x) if whole else read(cache, x, position) for x in (cache.key, cache.value))
         row = row_of(Place(place.start - first, place.count), queries, span)
         return reference.sliding_window_attention(query, *near, row, window_size=reach, scale=self.config.scale)
 
