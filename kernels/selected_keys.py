@@ -5,11 +5,46 @@ The first item of a block writes to `d_key`, the others write to `d_key_more`, a
 No atomics: the same inputs give the same bits.
 """
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
 from .softmax import LOG2E
 from .tiles import accumulate, added, inner, load_rows, scaled, store_rows, where, zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CombineShape:
+    """For `combine`.
+
+    Attributes:
+        C: keys of a batch row.
+        H: kv heads.
+        D: width of keys or of values.
+        PARTS: powers of two into which it is cut, see tiles.py.
+        BLOCK: keys of a block.
+        KEYS: keys of a tile; a block is PIECES such tiles.
+        BLOCKS: most blocks of a batch row.
+        MORE: most items of a batch row and head that are not a block's first.
+    """
+
+    C: int
+    H: int
+    D: int
+    PARTS: tuple[int, ...]
+    BLOCK: int
+    KEYS: int
+    BLOCKS: int
+    MORE: int
+
+    @property
+    def PIECES(self) -> int:
+        return self.BLOCK // self.KEYS
+
+    @property
+    def PROGRAMS(self) -> int:
+        return -(-self.C // self.BLOCK)
 
 
 @triton.aggregate
@@ -195,39 +230,30 @@ def backward_key_value(
 
 
 @triton.jit
-def combine(
-    d_first,
-    d_more,
-    further,
-    block_begin,
-    block_end,
-    block_count,
-    d_total,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    MORE: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """d_total [B, C, H, D] = d_first + the block's further items in d_more [B, H, MORE, BLOCK, D], in order."""
-    pieces: tl.constexpr = BLOCK // KEYS
+def combine(d_first, d_more, further, block_begin, block_end, block_count, d_total, SHAPE: tl.constexpr):
+    """d_total [B, C, H, D] = d_first + the block's further items in d_more [B, H, MORE, BLOCK, D], in order.
+
+    SHAPE is a `CombineShape`. Grid: PIECES * PROGRAMS * H * B.
+    """
+    C: tl.constexpr = SHAPE.C
+    H: tl.constexpr = SHAPE.H
+    D: tl.constexpr = SHAPE.D
+    PARTS: tl.constexpr = SHAPE.PARTS
+    PIECES: tl.constexpr = SHAPE.PIECES
+    PROGRAMS: tl.constexpr = SHAPE.PROGRAMS
     program = tl.program_id(0)
-    piece = program % pieces
-    worker = program // pieces % PROGRAMS
-    head = program // (pieces * PROGRAMS) % H
-    batch = (program // (pieces * PROGRAMS * H)).to(tl.int64)
-    local = tl.arange(0, KEYS)
-    further += (batch * H + head) * (BLOCKS + 1)
+    piece = program % PIECES
+    worker = program // PIECES % PROGRAMS
+    head = program // (PIECES * PROGRAMS) % H
+    batch = (program // (PIECES * PROGRAMS * H)).to(tl.int64)
+    local = tl.arange(0, SHAPE.KEYS)
+    further += (batch * H + head) * (SHAPE.BLOCKS + 1)
     for block in range(worker, tl.load(block_count + batch), PROGRAMS):
-        first_key = tl.load(block_begin + batch * BLOCKS + block) + piece * KEYS
-        inside = first_key + local < tl.load(block_end + batch * BLOCKS + block)
+        first_key = tl.load(block_begin + batch * SHAPE.BLOCKS + block) + piece * SHAPE.KEYS
+        inside = first_key + local < tl.load(block_end + batch * SHAPE.BLOCKS + block)
         base = ((batch * C + first_key) * H + head) * D
         sums = load_rows(d_first + base, local * (H * D), inside, D, PARTS)  # [KEYS, D]
         for i in range(tl.load(further + block), tl.load(further + block + 1)):
-            more = (((batch * H + head) * MORE + i) * BLOCK + piece * KEYS) * D
+            more = (((batch * H + head) * SHAPE.MORE + i) * SHAPE.BLOCK + piece * SHAPE.KEYS) * D
             sums = added(sums, load_rows(d_more + more, local * D, inside, D, PARTS), PARTS)
         store_rows(d_total + base, local * (H * D), sums, inside, D, PARTS)

@@ -54,9 +54,18 @@ def finish_seen(peak, total, sums, sight, V_PARTS: tl.constexpr):
 
 @triton.jit
 def load_statistics(
-    output, do, lse, d_lse, delta, base, offset, inside,
-    V: tl.constexpr, V_PARTS: tl.constexpr, HAS_D_LSE: tl.constexpr,
-):  # fmt: skip
+    output,
+    do,
+    lse,
+    d_lse,
+    delta,
+    base,
+    offset,
+    inside,
+    V: tl.constexpr,
+    V_PARTS: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+):
     """Of the rows at base + offset [M], with the output's cotangent do [M, V]: the lse in base 2, and delta, which is
     written too. A masked row has probability 0.
 

@@ -105,8 +105,9 @@ class RowRing(Ring):
 
 
 @gluon.jit
-def allocate(query, key, value, d_output, shape, STAGES: gl.constexpr):
+def allocate(query, key, value, d_output, shape):
     """The `KeyTile` and the `RowRing` of a program."""
+    STAGES: gl.constexpr = shape.STAGES
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys = gl.allocate_shared_memory(key.dtype, [1, KEYS, shape.K], key.layout)
     values = gl.allocate_shared_memory(value.dtype, [1, KEYS, shape.V], value.layout)
