@@ -255,12 +255,13 @@ class _Queries:
 
 @triton.jit
 def _row_lse(tile, queries, SHAPE: tl.constexpr):
-    """The lse [ROWS] of query tile number `tile` in base 2, inf for rows that do not count.
+    """The lse [ROWS] of query tile number `tile` in base 2, inf for dead rows.
 
     Where AHEAD, loops load it at the end of the step before: copies of queries then need not wait for it.
     """
     rows = _query_rows(tile, queries.row, queries.head, SHAPE)
-    return tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf")) * LOG2E
+    row_lse = tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf"))
+    return tl.where(tl.abs(row_lse) < float("inf"), row_lse * LOG2E, float("inf"))
 
 
 @triton.jit
@@ -295,8 +296,8 @@ def _key_gradients(
     else:
         q = load_rows(queries.query + rows.base * K, rows.offset * K, live, K, SHAPE.K_PARTS)  # [ROWS, K]
         do = load_rows(queries.d_output + rows.base * V, rows.offset * V, live, V, SHAPE.V_PARTS)  # [ROWS, V]
-    row_delta = tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0)
-    row_weight = tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0)
+    row_delta = tl.where(live, tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0), 0.0)
+    row_weight = tl.where(live, tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0), 0.0)
     score = inner(k, q, SHAPE.K_PARTS, SHAPE.PRECISION)  # [KEYS, ROWS]
     p = tl.exp2(score * (SHAPE.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
     if MASKED:
@@ -326,8 +327,7 @@ def backward_key_value(
     """d_key, d_value [SPLITS, B, C, H, K|V], to be summed. Grid: TILES * SPLITS * H * B.
 
     Each split has a part of the queries. The cotangent of the output is weight * d_output; delta is what
-    `backward_query` gives. Rows with an lse of inf, a delta of 0 and a weight of 0 do not count, whatever their query
-    and cotangent hold: so the caller marks those that see nothing or are not finite.
+    `backward_query` gives. Dead rows, whose lse is not finite, count for nothing, whatever else they hold.
     """
     T: tl.constexpr = SHAPE.T
     C: tl.constexpr = SHAPE.C
