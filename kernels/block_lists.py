@@ -9,13 +9,13 @@ NOWHERE = tl.constexpr(2**31 - 1)  # stands for "no block"
 SHARED = tl.constexpr(1 << 30)  # of a member, in pairs of tiles: both want the block, at the same step
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WalkShape:
     """The shape of `walk` and `walk_in_pairs`, where a tile is a pair of tiles.
 
     Attributes:
         T: queries.
-        H: key heads.
+        H: kv heads.
         S: blocks that a query wants at most, of which it may have selected the first CHOSEN.
         BLOCK: keys of a block.
         WINDOW: keys of the sliding window; 0 for none.

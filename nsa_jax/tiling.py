@@ -52,16 +52,3 @@ def descriptors(capability: int, widths: Sequence[int]) -> bool:
 def loads_ahead(capability: int) -> bool:
     """Whether loops load what the next step needs at the end of a step: for sm_100 Triton 3.9 fails on such a loop."""
     return not 100 <= capability < 120
-
-
-WALK_SORTS = 2048  # entries up to which kernels/block_lists.py sorts: beyond, its code is too long to compile
-
-
-def walk_units(entries: int) -> int:
-    """Tiles of tokens that one program of kernels/block_lists.py does, each with that many entries."""
-    return max(1, 512 // entries)
-
-
-def walk_warps(entries: int) -> int:
-    """Warps of a program of kernels/block_lists.py: up to 8 entries a thread, where so many threads can be."""
-    return max(4, min(16, entries // 256))

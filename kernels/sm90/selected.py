@@ -270,9 +270,19 @@ class Branch:
 
 @gluon.jit
 def _differentiate(
-    query, branch, before, place, walks, edges, d_query, delta, ring,
-    SHAPE: gl.constexpr, HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
-):  # fmt: skip
+    query,
+    branch,
+    before,
+    place,
+    walks,
+    edges,
+    d_query,
+    delta,
+    ring,
+    SHAPE: gl.constexpr,
+    HAS_D_LSE: gl.constexpr,
+    HAS_BEFORE: gl.constexpr,
+):
     """The query pass of the eight warps."""
     KEYS: gl.constexpr = SHAPE.KEYS
     K: gl.constexpr = SHAPE.K
