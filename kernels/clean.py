@@ -38,7 +38,7 @@ class SeeShape:
     Attributes:
         T, C, H: as in `Shape`.
         TOKENS: of a tile.
-        KEYS: of a step.
+        KEYS, FEW: of a step, see `see`.
     """
 
     T: int
@@ -46,6 +46,7 @@ class SeeShape:
     H: int
     TOKENS: int
     KEYS: int
+    FEW: int
 
     @property
     def TILES(self) -> int:
@@ -53,7 +54,7 @@ class SeeShape:
 
 
 @triton.jit
-def _finite(tiles, PARTS: tl.constexpr):
+def finite_rows(tiles, PARTS: tl.constexpr):
     """[M]: 1 where the row of a tuple of [M, PARTS[i]] tiles is finite, else 0."""
     finite = tl.min((tl.abs(tiles[0]) < float("inf")).to(tl.int32), 1)
     for i in tl.static_range(1, len(PARTS)):
@@ -62,7 +63,7 @@ def _finite(tiles, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _kept(tiles, finite, PARTS: tl.constexpr):
+def keep_rows(tiles, finite, PARTS: tl.constexpr):
     """The tiles with 0 in the rows that are not finite."""
     kept = ()
     for i in tl.static_range(len(PARTS)):
@@ -88,10 +89,10 @@ def clean(key, value, clean_key, clean_value, unclean, SHAPE: tl.constexpr):
     inside = first + local < SHAPE.COUNT
     k = load_rows(key + first * K, local * K, inside, K, K_PARTS)  # [ROWS, K]
     v = load_rows(value + first * V, local * V, inside, V, V_PARTS)  # [ROWS, V]
-    finite = tl.minimum(_finite(k, K_PARTS), _finite(v, V_PARTS))
+    finite = tl.minimum(finite_rows(k, K_PARTS), finite_rows(v, V_PARTS))
     if SHAPE.WITH_KEY:
-        store_rows(clean_key + first * K, local * K, _kept(k, finite, K_PARTS), inside, K, K_PARTS)
-    store_rows(clean_value + first * V, local * V, _kept(v, finite, V_PARTS), inside, V, V_PARTS)
+        store_rows(clean_key + first * K, local * K, keep_rows(k, finite, K_PARTS), inside, K, K_PARTS)
+    store_rows(clean_value + first * V, local * V, keep_rows(v, finite, V_PARTS), inside, V, V_PARTS)
     number = first + local
     at = (number // (C * H) * H + number % H) * C + number // H % C
     tl.store(unclean + at, (1 - finite).to(tl.int8), mask=inside)
@@ -101,6 +102,7 @@ def clean(key, value, clean_key, clean_value, unclean, SHAPE: tl.constexpr):
 def see(key_begin, key_end, unclean, sight, SHAPE: tl.constexpr):
     """sight int8 [B, T, H]: 0 where the interval is empty, 2 if it has an unclean key, else 1.
 
+    Looks at KEYS keys at a time, and only where one of them is unclean again, at FEW at a time for each token.
     SHAPE is a `SeeShape`. Grid: TILES * H * B.
     """
     T: tl.constexpr = SHAPE.T
@@ -108,6 +110,7 @@ def see(key_begin, key_end, unclean, sight, SHAPE: tl.constexpr):
     H: tl.constexpr = SHAPE.H
     TOKENS: tl.constexpr = SHAPE.TOKENS
     KEYS: tl.constexpr = SHAPE.KEYS
+    FEW: tl.constexpr = SHAPE.FEW
     TILES: tl.constexpr = SHAPE.TILES
     program = tl.program_id(0)
     head = program // TILES % H
@@ -122,8 +125,10 @@ def see(key_begin, key_end, unclean, sight, SHAPE: tl.constexpr):
     last = tl.max(tl.where(sees, end, 0), 0)
     for first in range(tl.min(tl.where(sees, begin, C), 0), last, KEYS):
         key = first + tl.arange(0, KEYS)
-        flag = tl.load(unclean + key, mask=key < last, other=0).to(tl.int32)
-        if tl.max(flag, 0) > 0:
-            within = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
-            found = tl.maximum(found, tl.max(tl.where(within, flag[None, :], 0), 1))
+        if tl.max(tl.load(unclean + key, mask=key < last, other=0).to(tl.int32), 0) > 0:
+            for part in range(first, tl.minimum(first + KEYS, last), FEW):
+                key = part + tl.arange(0, FEW)
+                flag = tl.load(unclean + key, mask=key < last, other=0).to(tl.int32)
+                within = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+                found = tl.maximum(found, tl.max(tl.where(within, flag[None, :], 0), 1))
     tl.store(sight + (batch * T + token) * H + head, tl.where(sees, 1 + found, 0).to(tl.int8), mask=inside)

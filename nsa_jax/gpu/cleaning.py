@@ -13,7 +13,7 @@ from nsa_jax.runtime import launch, transforms
 Array = jax.Array
 
 _ROWS = 32  # of a program that cleans
-_TOKENS, _KEYS = 32, 128  # of a program, a warp, that looks at intervals, and of a step of it
+_TOKENS, _KEYS, _FEW = 128, 1024, 32  # of a program that looks at intervals, see `see`
 
 
 class Cleaned(NamedTuple):
@@ -76,7 +76,7 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
 
     def run(key_begin, key_end, unclean):
         (B, T), (_, H, C) = key_begin.shape, unclean.shape
-        shape = kernels.SeeShape(T=T, C=C, H=H, TOKENS=_TOKENS, KEYS=_KEYS)
+        shape = kernels.SeeShape(T=T, C=C, H=H, TOKENS=_TOKENS, KEYS=_KEYS, FEW=_FEW)
         return launch.launch(
             kernels.see,
             key_begin,
@@ -85,7 +85,7 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
             name="see",
             outputs=(jax.ShapeDtypeStruct((B, T, H), jnp.int8),),
             programs=shape.TILES * H * B,
-            warps=1,
+            warps=4,
             stages=1,
             flops=0,
             SHAPE=shape,
