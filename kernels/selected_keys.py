@@ -67,6 +67,34 @@ class Queries:
     sliding: Statistics
 
 
+@triton.aggregate
+class Items:
+    """Pointers to the arrays of `inverse.Items` that all who go through items need, and to the blocks' first keys."""
+
+    choosers: tl.tensor
+    block: tl.tensor
+    first: tl.tensor
+    count: tl.tensor
+    total: tl.tensor
+    block_begin: tl.tensor
+
+
+@triton.aggregate
+class Ends:
+    """Pointers to what only multiplying needs.
+
+    Attributes:
+        rank, more: of an item, see `inverse.Items`.
+        block_end: behind the last key of a block.
+        near: queries that stand in a block or so near behind it that their window may reach it.
+    """
+
+    rank: tl.tensor
+    more: tl.tensor
+    block_end: tl.tensor
+    near: tl.tensor
+
+
 @triton.jit
 def _gathered(statistics, offset, mask):
     """Of the rows at `offset`: the lse in base 2, inf where masked or dead, delta and the weight, 0 there; float32."""
@@ -193,37 +221,34 @@ def backward_key_value(
     if SHAPE.WINDOW > 0:
         sliding = Statistics(sliding_lse + rows, sliding_delta + rows, sliding_weight + rows)
     queries = Queries(query, d_output, place, selected, sliding)
-    items = (batch * H + head) * SHAPE.ITEMS
-    item_block += items
-    item_first += items
-    item_count += items
-    item_rank += items
-    item_more += items
-    for item in range(worker, tl.load(item_total + batch * H + head), SHAPE.PROGRAMS):
-        block = tl.load(item_block + item)
-        first = tl.load(item_first + item)
-        count = tl.load(item_count + item) * G
-        first_key = tl.load(block_begin + batch * SHAPE.BLOCKS + block) + piece * SHAPE.KEYS
+    at = (batch * H + head) * SHAPE.ITEMS
+    items = Items(choosers, item_block + at, item_first + at, item_count + at, item_total, block_begin)
+    ends = Ends(item_rank + at, item_more + at, block_end, block_near)
+    for item in range(worker, tl.load(items.total + batch * H + head), SHAPE.PROGRAMS):
+        block = tl.load(items.block + item)
+        mine = items.choosers + tl.load(items.first + item)
+        count = tl.load(items.count + item) * G
+        first_key = tl.load(items.block_begin + batch * SHAPE.BLOCKS + block) + piece * SHAPE.KEYS
         local = tl.arange(0, SHAPE.KEYS)
         index = first_key + local
-        inside = index < tl.load(block_end + batch * SHAPE.BLOCKS + block)
+        inside = index < tl.load(ends.block_end + batch * SHAPE.BLOCKS + block)
         base = (batch * SHAPE.C + first_key) * H + head
         k = load_rows(key + base * K, local * (H * K), inside, K, K_PARTS)  # [KEYS, K]
         v = load_rows(value + base * V, local * (H * V), inside, V, V_PARTS)  # [KEYS, V]
         dk = zeros(SHAPE.KEYS, K_PARTS)
         dv = zeros(SHAPE.KEYS, V_PARTS)
         # a block's choosers are in the order of their places: only the first ones stand in it or near it
-        near = tl.load(block_near + batch * SHAPE.BLOCKS + block) - tl.load(item_rank + item)
+        near = tl.load(ends.near + batch * SHAPE.BLOCKS + block) - tl.load(ends.rank + item)
         near = tl.maximum(tl.minimum(near * G, count), 0)
         near_steps = tl.cdiv(near, SHAPE.ROWS)
         for i in range(near_steps):
             begin = i * SHAPE.ROWS
-            dk, dv = _key_gradients(begin, count, dk, dv, k, v, index, queries, choosers + first, head, SHAPE, False)
+            dk, dv = _key_gradients(begin, count, dk, dv, k, v, index, queries, mine, head, SHAPE, False)
         for i in range(near_steps, tl.cdiv(count, SHAPE.ROWS)):
             begin = i * SHAPE.ROWS
-            dk, dv = _key_gradients(begin, count, dk, dv, k, v, index, queries, choosers + first, head, SHAPE, True)
+            dk, dv = _key_gradients(begin, count, dk, dv, k, v, index, queries, mine, head, SHAPE, True)
         dk = scaled(dk, SHAPE.SCALE, K_PARTS)
-        number = tl.load(item_more + item)
+        number = tl.load(ends.more + item)
         if number < 0:
             store_rows(d_key + base * K, local * (H * K), dk, inside, K, K_PARTS)
             store_rows(d_value + base * V, local * (H * V), dv, inside, V, V_PARTS)

@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
 
+from ..selected_keys import Ends, Items
 from .key_pass import (
     KEY,
     KEYS,
@@ -20,34 +21,6 @@ from .key_pass import (
     store_keys,
 )
 from .rows import WIDTH
-
-
-@gluon.aggregate
-class Items:
-    """Pointers to the arrays of `inverse.Items` that all partitions need, and to the first keys of the blocks."""
-
-    choosers: gl.tensor
-    block: gl.tensor
-    first: gl.tensor
-    count: gl.tensor
-    total: gl.tensor
-    block_begin: gl.tensor
-
-
-@gluon.aggregate
-class Ends:
-    """Pointers to what only multiplying needs.
-
-    Attributes:
-        rank, more: of an item, see `inverse.Items`.
-        block_end: behind the last key of a block.
-        near: queries that stand in a block.
-    """
-
-    rank: gl.tensor
-    more: gl.tensor
-    block_end: gl.tensor
-    near: gl.tensor
 
 
 @gluon.aggregate
