@@ -127,8 +127,8 @@ def see(key_begin, key_end, unclean, sight, SHAPE: tl.constexpr):
         key = first + tl.arange(0, KEYS)
         if tl.max(tl.load(unclean + key, mask=key < last, other=0).to(tl.int32), 0) > 0:
             for part in range(first, tl.minimum(first + KEYS, last), FEW):
-                key = part + tl.arange(0, FEW)
-                flag = tl.load(unclean + key, mask=key < last, other=0).to(tl.int32)
-                within = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+                few = part + tl.arange(0, FEW)
+                flag = tl.load(unclean + few, mask=few < last, other=0).to(tl.int32)
+                within = (few[None, :] >= begin[:, None]) & (few[None, :] < end[:, None])
                 found = tl.maximum(found, tl.max(tl.where(within, flag[None, :], 0), 1))
     tl.store(sight + (batch * T + token) * H + head, tl.where(sees, 1 + found, 0).to(tl.int8), mask=inside)
