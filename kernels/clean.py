@@ -1,4 +1,4 @@
-"""Keys and values made safe to multiply with: rows that are not finite become 0, and it is told who sees them."""
+"""Keys and values made safe to multiply with: rows that are not finite become 0, and `see` tells who sees them."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from .tiles import load_rows, store_rows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CleanShape:
-    """For `clean`.
+    """The sizes of `clean`.
 
     Attributes:
         COUNT: keys in all, B * C * H.
@@ -33,7 +33,7 @@ class CleanShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeeShape:
-    """For `see`.
+    """The sizes of `see`.
 
     Attributes:
         T, C, H: as in `Shape`.
@@ -73,7 +73,7 @@ def keep_rows(tiles, finite, PARTS: tl.constexpr):
 
 @triton.jit
 def clean(key, value, clean_key, clean_value, unclean, SHAPE: tl.constexpr):
-    """Of keys and values [COUNT, K|V] the clean ones, and unclean int8 [B, H, C], 1 where one is not finite.
+    """Clean keys and values [COUNT, K|V], and unclean int8 [B, H, C], 1 where the key or the value is not finite.
 
     SHAPE is a `CleanShape`. Grid: cdiv(COUNT, ROWS).
     """

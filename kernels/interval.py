@@ -25,7 +25,7 @@ from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryShape(TileShape):
-    """For the passes from the queries' side."""
+    """The sizes of `forward` and `backward_query`."""
 
     @property
     def TILES(self) -> int:
@@ -34,7 +34,7 @@ class QueryShape(TileShape):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyShape(TileShape):
-    """For the pass from the keys' side.
+    """The sizes of `backward_key_value`.
 
     Attributes:
         B: batch rows.
@@ -89,7 +89,7 @@ def _query_rows(tile, row, head, SHAPE: tl.constexpr):
 
 @triton.jit
 def _whole_tiles(begin, end, inside, first, last, SIDE: tl.constexpr, LIMIT: tl.constexpr):
-    """Of the tiles [first, last), those that lie in every interval [begin, end): the tiles [lower, upper)."""
+    """The tiles [lower, upper): those of the tiles [first, last) that lie in every interval [begin, end)."""
     lower = tl.cdiv(tl.max(tl.where(inside, begin, 0), 0), SIDE)
     upper = tl.min(tl.where(inside, end, LIMIT), 0) // SIDE
     lower = tl.minimum(tl.maximum(lower, first), last)
@@ -143,7 +143,7 @@ def forward(query, key, value, key_begin, key_end, sight, output, lse, SHAPE: tl
     V_PARTS: tl.constexpr = SHAPE.V_PARTS
     PRECISION: tl.constexpr = SHAPE.PRECISION
     tile, head, row = _program(SHAPE.TILES, H)
-    # late tokens see most: first
+    # late tokens see most, so they go first
     rows = _query_rows(SHAPE.TILES - 1 - tile, row, head, SHAPE)
     begin = tl.load(key_begin + row * T + rows.token, mask=rows.inside, other=0)  # [ROWS]
     end = tl.load(key_end + row * T + rows.token, mask=rows.inside, other=0)

@@ -200,7 +200,7 @@ def _compare(rank, list_rank, TOKENS: tl.constexpr):
 def _insert(rank, block, list_rank, list_block, TOKENS: tl.constexpr):
     """The list after a chunk of candidates, all [M, TOKENS, LANES]: `rank` (negative: none) of `block` [M, 1, LANES].
 
-    Of equal ranks the smaller block stays; chunks come in ascending order.
+    The smaller block of equal ranks stays; chunks come in ascending order.
     """
     best, worst, more = _compare(rank, list_rank, TOKENS)
     while more > 0:
@@ -271,7 +271,7 @@ def select(
     TILES: tl.constexpr = SHAPE.TILES
     program = tl.program_id(0)
     head = program % H
-    nth = TILES - 1 - program // H % TILES  # late tokens see most: first
+    nth = TILES - 1 - program // H % TILES  # late tokens see most, so they go first
     row = (program // (H * TILES)).to(tl.int64)
     token = nth * TOKENS + tl.arange(0, TOKENS)
     inside = token < T

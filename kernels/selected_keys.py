@@ -16,7 +16,7 @@ from .tiles import accumulate, added, inner, load_rows, scaled, store_rows, wher
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CombineShape:
-    """For `combine`.
+    """The sizes of `combine`.
 
     Attributes:
         C: keys of a batch row.
@@ -97,7 +97,7 @@ class Ends:
 
 @triton.jit
 def _gathered(statistics, offset, mask):
-    """Of the rows at `offset`: the lse in base 2, inf where masked or dead, delta and the weight, 0 there; float32."""
+    """The lse in base 2 (inf where masked or dead), delta and weight (0 there) of the rows at `offset`, float32."""
     row_lse = tl.load(statistics.lse + offset, mask=mask, other=float("inf"))
     row_delta = tl.load(statistics.delta + offset, mask=mask, other=0.0)
     row_weight = tl.load(statistics.weight + offset, mask=mask, other=0.0)

@@ -7,7 +7,7 @@ from .shape import Shape, TileShape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectedShape(Shape):
-    """What all of them have.
+    """What all these kernels have.
 
     Attributes:
         BLOCK: keys of a block.
@@ -24,7 +24,7 @@ class SelectedShape(Shape):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ItemsShape(SelectedShape):
-    """For passes that go through `inverse.Items`.
+    """The sizes of passes that go through `inverse.Items`.
 
     Attributes:
         BLOCKS: most blocks of a batch row.
@@ -52,7 +52,7 @@ class PortableShape(SelectedShape, TileShape):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryShape(PortableShape):
-    """For the passes of selected.py.
+    """The sizes of the passes of selected.py.
 
     Attributes:
         TOKENS: tokens of a tile.
@@ -71,12 +71,12 @@ class QueryShape(PortableShape):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyShape(PortableShape, ItemsShape):
-    """For the pass of selected_keys.py."""
+    """The sizes of the pass of selected_keys.py."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairedShape(SelectedShape):
-    """For the passes of sm90/selected.py.
+    """The sizes of the passes of sm90/selected.py.
 
     Attributes:
         TOKENS: tokens of a unit.
@@ -99,7 +99,7 @@ class PairedShape(SelectedShape):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyRingShape(ItemsShape):
-    """For the pass of sm90/selected_keys.py.
+    """The sizes of the pass of sm90/selected_keys.py.
 
     Attributes:
         STAGES: slots of the ring.

@@ -23,11 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .ring import Ring, allocate_barriers
 from .rows import LN2, LOG2E, UnitShape, as_columns, as_rows, copy_rows, lanes, place_of, product_layout, store_rows
 
-WARPS = gl.constexpr(4)  # of a warpgroup
-ROWS = gl.constexpr(64)  # of a warpgroup
-KEYS = gl.constexpr(64)  # of a slot
+WARPS = gl.constexpr(4)  # a warpgroup's warps
+ROWS = gl.constexpr(64)  # query rows of a warpgroup
+KEYS = gl.constexpr(64)  # keys of a slot
 GROUPS = gl.constexpr(3)  # warpgroups
-UNIT = gl.constexpr(192)  # rows of all of them
+UNIT = gl.constexpr(192)  # query rows of all warpgroups
 SCORES = gl.constexpr(product_layout(64))
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
@@ -225,7 +225,7 @@ def _finish(peak, total, sums, sight):
 
 @gluon.constexpr_function
 def _coalesced(columns):
-    """Of rows of so many elements of two bytes: 16 bytes a thread, neighbours side by side."""
+    """The layout of rows of so many two-byte elements: 16 bytes a thread, neighbours side by side."""
     across = columns // 8
     return gl.BlockedLayout([1, 8], [32 // across, across], [WARPS.value, 1], [1, 0])
 
@@ -285,7 +285,7 @@ def _attend(seen, queries, ring, outputs, shape, GROUP: gl.constexpr):
     for unit in range(gl.program_id(0), shape.UNITS, shape.PROGRAMS):
         first, last = _steps(begins, ends, shape.C)
         lower, upper = _whole(begins, ends, real, shape.C)
-        # of the next unit, to be there when it begins
+        # the next unit's intervals must be there when it begins
         begins, ends, real = _intervals(seen, unit + shape.PROGRAMS, shape, WARPS)
         base, offset, token, inside = _query_rows(unit, shape, GROUP, ROW)
         begin = gl.load(seen.key_begin + token, mask=inside, other=0)

@@ -87,7 +87,7 @@ def _program(query_begin, query_end, shape):
     TILES: gl.constexpr = shape.TILES
     SPLITS: gl.constexpr = shape.SPLITS
     program = gl.program_id(0)
-    # those that run together have the same split; late queries, which most tiles are seen by, first
+    # programs that run together have the same split; late queries, which see most tiles, go first
     split = SPLITS - 1 - program // TILES % SPLITS
     head = program // (TILES * SPLITS) % shape.H
     row = program // (TILES * SPLITS * shape.H)

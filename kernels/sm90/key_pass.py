@@ -24,7 +24,7 @@ from .rows import LOG2E, as_columns, as_rows, product_layout
 WARPS = gl.constexpr(4)
 KEYS = gl.constexpr(64)
 ROWS = gl.constexpr(64)
-STATISTICS = gl.constexpr(3)  # of a row: lse in base 2, delta, weight
+STATISTICS = gl.constexpr(3)  # a row's lse in base 2, delta and weight
 SCORES = gl.constexpr(product_layout(64))
 KEY = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 ROW = gl.constexpr(gl.SliceLayout(0, SCORES.value))

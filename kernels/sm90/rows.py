@@ -16,7 +16,7 @@ WIDTH = gl.constexpr(64)  # columns of rows that are copied at once
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitShape(Shape):
-    """For kernels whose programs go through units, TILES for each head and batch row, each of UNIT query rows.
+    """The sizes of kernels whose programs go through units, TILES for each head and batch row, each of UNIT query rows.
 
     Program i takes the units i, i + PROGRAMS, .. A kernel's own shape has UNIT, as a constant of the class.
 

@@ -25,7 +25,7 @@ from .ring import Ring, allocate_barriers
 from .rows import LOG2E, WIDTH, UnitShape, as_columns, as_rows, lanes, place_of, product_layout
 from .window_sums import CHUNKS, GROUPS, KEYS, PARTS, ROWS, UNIT, WINDOWS, SumRing, column_of, neighbours
 
-WARPS = gl.constexpr(4)  # of a warpgroup
+WARPS = gl.constexpr(4)  # a warpgroup's warps
 NOTES = gl.constexpr(16)  # at least as many as there are slots
 SCORES = gl.constexpr(product_layout(128))
 COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES.value))
@@ -221,7 +221,7 @@ def _score_on(score, note, n, done, chunk, row_lse, rows, keys, sums, shape, GRO
     if next_unit:
         done += 1
         rows.wait_full(done)
-    # after the last slot one that nobody reads
+    # after the last slot nobody reads the product
     product = _product(n + 1, done, rows, keys, shape, GROUP)
     part = note % PARTS
     chunk = sums.hand_over(score, row_lse, part, note & LAST != 0, chunk, GROUP, shape.SCALE * LOG2E, shape.G)

@@ -12,11 +12,11 @@ from .ring import Ring
 
 ROWS = gl.constexpr(128)  # query rows of a warpgroup
 GROUPS = gl.constexpr(2)  # warpgroups that multiply
-UNIT = gl.constexpr(256)  # query rows of both
+UNIT = gl.constexpr(256)  # query rows of both warpgroups
 KEYS = gl.constexpr(64)  # windows that are multiplied at once
-PARTS = gl.constexpr(4)  # times that a chunk has
-WINDOWS = gl.constexpr(256)  # of a chunk
-CHUNKS = gl.constexpr(2)  # in shared memory
+PARTS = gl.constexpr(4)  # parts of KEYS windows that a chunk has
+WINDOWS = gl.constexpr(256)  # windows of a chunk
+CHUNKS = gl.constexpr(2)  # chunks in shared memory
 
 
 @gluon.constexpr_function

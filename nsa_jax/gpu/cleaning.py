@@ -12,8 +12,8 @@ from nsa_jax.runtime import launch, transforms
 
 Array = jax.Array
 
-_ROWS = 32  # of a program that cleans
-_TOKENS, _KEYS, _FEW = 128, 1024, 32  # of a program that looks at intervals, see `see`
+_ROWS = 32  # keys of a program that cleans
+_TOKENS, _KEYS, _FEW = 128, 1024, 32  # sizes of a program that looks at intervals, see `see`
 
 
 class Cleaned(NamedTuple):

@@ -13,7 +13,7 @@ from nsa_jax.runtime import device, launch, transforms
 
 Array = jax.Array
 
-_COMBINED_KEYS = 16  # of a tile of the kernel that adds up the items of a block
+_COMBINED_KEYS = 16  # keys of a tile of the kernel that adds up a block's items
 
 
 def chunk(capability: int) -> int:
@@ -48,7 +48,7 @@ def by_items(
     capability = device.capability_of(kernels.combine)
     size = chunk(capability), stretch(capability)
     more = more_items(T, row.length, S, spec.block_size, *size, row.sliced)
-    kind = jnp.float32 if more else key.dtype  # what several items give is added in float32
+    kind = jnp.float32 if more else key.dtype  # float32 where several items are added
     statistics = [x for row in rows for x in row]
     of_query, of_walks = len(statistics) + 1, len(Walks._fields)
 

@@ -16,7 +16,7 @@ Array = jax.Array
 
 NOWHERE = 2**31 - 1  # stands for "no block" among first keys
 MOST_SORTED = 2048  # entries that the kernels sort: beyond, their code is too long to compile
-_ENTRIES = 512  # that a program has at least, in several tiles if need be
+_ENTRIES = 512  # a program takes so many tiles that it has as many entries
 
 
 class Choice(NamedTuple):
@@ -182,7 +182,7 @@ def _launch(kernel, arrays, choice, tokens, parts, constants) -> list[Array]:
             name="selected_walk",
             outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (lists, lists, tiles, tiles)],
             programs=-(-shape.TILES // per_program) * H * B,
-            # up to 8 entries a thread, where so many threads can be
+            # a thread gets up to 8 entries, unless threads run out
             warps=max(4, min(16, entries // 256)),
             stages=1,
             flops=0,

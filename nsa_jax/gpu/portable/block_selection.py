@@ -12,8 +12,8 @@ from nsa_jax.tiling import Tile
 Array = jax.Array
 
 _TILES = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1))
-_BLOCKS = 256  # in a chunk
-_OVERLAPPING = (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), *_TILES)  # where a block is several strides
+_BLOCKS = 256  # blocks of a chunk
+_OVERLAPPING = (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), *_TILES)  # used where a block has several strides
 _OVERLAPPING_BLOCKS = 64
 _SCRATCH = 16 * 1024  # bytes that layout changes take
 

@@ -25,14 +25,14 @@ _INTERPRETED = Tile(64, 32, 4, 1)
 
 
 def _copies(capability: int, stages: int) -> int:
-    """Of the tiles that a backward loop loads, how many are in shared memory at once: sm_100 keeps one more."""
+    """How many of the tiles that a backward loop loads are in shared memory at once: sm_100 keeps one more."""
     return stages + (100 <= capability < 120)
 
 
 def _by_width(columns: int, itemsize: int, tiles: Tiles, wide: Tiles) -> Tiles:
     if itemsize > 2:
         return _FLOAT32
-    return tiles if columns <= 256 else wide  # beyond, accumulators of the tuned tiles do not fit the registers
+    return tiles if columns <= 256 else wide  # the tuned tiles' accumulators of wider rows do not fit the registers
 
 
 def forward_tile(capability: int, columns: int, itemsize: int) -> Tile:

@@ -13,7 +13,7 @@ from nsa_jax.tiling import Tile
 
 Array = jax.Array
 
-# for G = 16: four tokens to a tile
+# tables for G = 16, where a tile has four tokens
 _BACKWARD_QUERY = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 1))
 _FORWARD = (Tile(64, 64, 4, 3), *_BACKWARD_QUERY)
 _SMALL = (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))

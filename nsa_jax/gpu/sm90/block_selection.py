@@ -28,7 +28,7 @@ def stages(width: int, group: int) -> int:
     """Slots of the ring, beside the queries of two units and two chunks of sums."""
     from nsa_jax.kernels.sm90.window_sums import CHUNKS, KEYS, UNIT, WINDOWS
 
-    queries = 2 * UNIT.value * (2 * width + 4)  # with a number in float32 each
+    queries = 2 * UNIT.value * (2 * width + 4)  # each with a float32 lse
     sums = 4 * CHUNKS.value * UNIT.value // group * WINDOWS.value
     return ring.stages(2 * KEYS.value * width, beside=queries + sums)
 

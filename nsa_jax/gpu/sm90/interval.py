@@ -21,7 +21,7 @@ __all__ = ["backward_key_value", "backward_query", "forward", "supports"]
 
 Array = jax.Array
 
-FEWEST_SEEN = 512  # keys that a query sees at most: where it is fewer, beginning and ending a unit costs too much
+FEWEST_SEEN = 512  # keys: if queries see fewer, beginning and ending a unit costs too much
 
 
 def supports(query: Array, value: Array, scale: float) -> bool:
@@ -55,7 +55,7 @@ def splits_of(programs: int, rows: int, reach: int) -> int:
         reach: most queries that see one key, 0 if any number can.
     """
     if reach:
-        return 1  # parts are of the whole row: of a key's few queries most would hold none
+        return 1  # parts are cut from the whole row: most would hold none of a key's few queries
     return max(1, min(-(-2048 // max(programs, 1)), 64, rows // (8 * 64)))
 
 

@@ -2,8 +2,8 @@
 
 from nsa_jax.gpu.sm90 import ring
 
-REGISTERS = 128  # of a thread, so that two programs share a multiprocessor
-_STATISTICS = 12  # bytes beside a row
+REGISTERS = 128  # a thread has no more, so that two programs share a multiprocessor
+_STATISTICS = 12  # bytes of a row's statistics
 
 
 def stages(key_width: int, value_width: int) -> int:

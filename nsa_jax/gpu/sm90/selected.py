@@ -165,7 +165,7 @@ def _walk(name, kernel, arrays, outputs, products, routes, spec, last=(), **cons
             TOGETHER=together(sizes["G"]),
             TILES=pairs,
             UNITS=units,
-            # of programs one fits on each multiprocessor; a pair goes through its share of the units
+            # one program fits on each multiprocessor; a pair goes through its share of the units
             PROGRAMS=min(units, max(1, device.multiprocessors() // 2)),
             STAGES=tile.stages,
         )
