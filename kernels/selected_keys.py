@@ -226,7 +226,7 @@ def backward_key_value(
     ends = Ends(item_rank + at, item_more + at, block_end, block_near)
     for item in range(worker, tl.load(items.total + batch * H + head), SHAPE.PROGRAMS):
         block = tl.load(items.block + item)
-        mine = items.choosers + tl.load(items.first + item)
+        first = tl.load(items.first + item)
         count = tl.load(items.count + item) * G
         first_key = tl.load(items.block_begin + batch * SHAPE.BLOCKS + block) + piece * SHAPE.KEYS
         local = tl.arange(0, SHAPE.KEYS)
@@ -241,6 +241,7 @@ def backward_key_value(
         near = tl.load(ends.near + batch * SHAPE.BLOCKS + block) - tl.load(ends.rank + item)
         near = tl.maximum(tl.minimum(near * G, count), 0)
         near_steps = tl.cdiv(near, SHAPE.ROWS)
+        mine = items.choosers + first
         for i in range(near_steps):
             begin = i * SHAPE.ROWS
             dk, dv = _key_gradients(begin, count, dk, dv, k, v, index, queries, mine, head, SHAPE, False)
