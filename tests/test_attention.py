@@ -92,7 +92,7 @@ def test_matches_reference(case):
 
 
 def test_one_pass_equals_two(monkeypatch):
-    T, window_size, asked = 30, 17, []
+    T, window_size, asked = 46, 17, []  # of three blocks two are selected
 
     def never(*sizes):
         asked.append(sizes)
