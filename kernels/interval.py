@@ -118,13 +118,13 @@ def forward(
     for i in range(lower, upper):
         number, k, v = _load_keys(i, key, value, row, head, shape, KEYS)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
-        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
         number, k, v = _load_keys(j, key, value, row, head, shape, KEYS)
         seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
         score = tl.where(seen, scores(q, k, SCALE, K_PARTS, PRECISION), float("-inf"))
-        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
     result, result_lse = finish_seen(peak, total, sums, row_sight, V_PARTS)
     store_rows(output + rows.base * V, rows.offset * V, result, rows.inside, V, V_PARTS)
@@ -229,9 +229,12 @@ def _key_gradients(tile, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS
     score = inner(k, q, shape.K_PARTS, shape.PRECISION)  # [KEYS, ROWS]
     p = tl.exp2(score * (shape.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
     if MASKED:
-        p = tl.where((rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None]), p, 0.0)
+        seen = (rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None])
+        p = tl.where(seen, p, 0.0)
     dv = accumulate(dv, p, do, shape.V_PARTS, shape.PRECISION)
     ds = p * (inner(v, do, shape.V_PARTS, shape.PRECISION) - row_delta[None, :])
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)  # the product with a value that is not seen may overflow
     dk = accumulate(dk, ds, q, shape.K_PARTS, shape.PRECISION)
     return dk, dv
 
