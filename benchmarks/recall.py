@@ -35,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     asked = parser.parse_args(arguments)
     try:
-        return _run(asked, shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]))
+        planned = _plan(asked)
     except (ValueError, OSError) as error:
         return _refuse(str(error))
+    return _run(asked, *planned, shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]))
 
 
 def _refuse(message: str) -> int:
@@ -68,20 +69,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(asked: argparse.Namespace, command: str) -> int:
+def _plan(asked: argparse.Namespace) -> tuple[Any, Path, dict[str, Any]]:
+    """(size, folder, what the folder's file holds)."""
     import jax
     from recall_sizes import SIZES
-    from rich.console import Console
 
-    begin = time.monotonic()
     for name in ("seeds", "budget"):
         if not getattr(asked, name) > 0:
             raise ValueError(f"--{name}: expected a positive number, got {getattr(asked, name)}")
     name = asked.size or ("toy" if jax.default_backend() == "cpu" else "gpu")
     size = _changed(SIZES[name][asked.task], asked.set)
     folder = asked.out or Path(__file__).parent / "results" / f"recall-{asked.task}-{name}"
-    settings = {"task": asked.task, **_plain(size)}
-    content = _opened(folder / FILE, settings, asked.fresh)
+    return size, folder, _opened(folder / FILE, {"task": asked.task, **_plain(size)}, asked.fresh)
+
+
+def _run(asked: argparse.Namespace, size, folder: Path, content: dict[str, Any], command: str) -> int:
+    import jax
+    from rich.console import Console
+
+    begin = time.monotonic()
     console = Console(highlight=False)
     done = {(run["arm"], run["seed"]) for run in content["runs"]}
     waiting = [(arm, seed) for seed in range(asked.seeds) for arm in asked.arms if (arm, seed) not in done]
@@ -112,19 +118,16 @@ def _one(task: str, arm: str, size, seed: int, text, until: float, console) -> d
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     begin = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-    )
+    name, loss = TextColumn("{task.description}"), TextColumn("loss {task.fields[loss]}")
     losses = []
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    with Progress(
+        name, BarColumn(), MofNCompleteColumn(), loss, TimeElapsedColumn(), console=console, transient=True
+    ) as progress:
         bar = progress.add_task(f"{arm}, seed {seed}", total=size.steps, loss="")
         run = Run(task, arm, size, seed, text)
-        for steps, loss in run.train(begin + 0.8 * (until - begin)):
-            losses.append((steps, loss))
-            progress.update(bar, completed=steps, loss=f"{loss:.3f}")
+        for steps, nats in run.train(begin + 0.8 * (until - begin)):
+            losses.append((steps, nats))
+            progress.update(bar, completed=steps, loss=f"{nats:.3f}")
         trained = time.monotonic()
         progress.update(bar, description=f"{arm}, seed {seed}: measuring")
         figures = run.evaluate()

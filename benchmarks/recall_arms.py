@@ -88,9 +88,7 @@ def chosen_blocks(arm: str, config: TransformerConfig, params: Any, tokens: Arra
     return seen
 
 
-@functools.partial(
-    jax.jit, static_argnames=("heads", "block_counts", "block_size", "num_init_blocks", "num_local_blocks")
-)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _random(query, segment_ids, heads, block_counts, block_size, num_init_blocks, num_local_blocks):
     batch, length = query.shape[:2]
     own = layout(segment_ids, batch, length).position[:, :, None, None] // block_size

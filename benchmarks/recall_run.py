@@ -117,7 +117,7 @@ class Run:
             with blocks_of(self.arm):
                 logits = self._model.apply({"params": params}, tokens, segment_ids)
             nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(answers, 0))
-            return jnp.where(answers >= 0, nats, 0.0).sum() / (answers >= 0).sum()
+            return jnp.mean(nats, where=answers >= 0)
 
         value, grads = jax.value_and_grad(loss)(params)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers

@@ -1,7 +1,7 @@
 """Tasks that ask for what stands far back in a row, drawn on the device.
 
-A row holds several segments of one length, so that one compiled step serves a curriculum over lengths. Letters: L tokens
-of a segment, Q questions in it, A tokens of an answer.
+A row holds several segments of one length, so that one compiled step serves a curriculum over lengths. Letters: L
+tokens of a segment, Q questions in it, A tokens of an answer.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Symbols(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """tokens int32 [L]; int32 [Q, A]: where answers are predicted, what they are, and where in the segment they stand."""
+    """tokens int32 [L]; int32 [Q, A]: where answers are predicted, what they are, and where in the segment they are."""
 
     tokens: Array
     positions: Array
@@ -58,8 +58,8 @@ class Batch(NamedTuple):
 
 
 def associative_recall(key: Array, symbols: Symbols, length: int, count: int, depth: Array) -> Segment:
-    """Multi-query associative recall: `count` keys, each followed by its value, side by side within the first 3/8 of the
-    segment, and each key again in the second half, where its value is asked. All else is noise.
+    """Multi-query associative recall: `count` keys, each followed by its value, side by side within the first 3/8 of
+    the segment, and each key again in the second half, where its value is asked. All else is noise.
 
     Source: Arora et al. 2023, arXiv 2312.04927, section 3.
     """
