@@ -11,7 +11,7 @@ from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
 from nsa_jax.rows.queries import Row, locate
 from nsa_jax.rows.segments import clear_padding
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
 
@@ -137,7 +137,7 @@ def checked_gates(query: Array, compressed: Array | float | None, selected, slid
     return PerBranch(*(None if gate is None else checks.gate(f"{name}_gate", gate, query) for name, gate in named))
 
 
-@one_program
+@one_program_each
 def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
     """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
     arrays, gates, routing = jax.tree.unflatten(tree, leaves)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..clean import finite_rows, keep_rows
 from ..tiles import load_rows, store_rows, zeros
-from .cache import load_tile, locate, split_range, windows_seen
+from .cache import load_tile, locate, placement, split_range, windows_seen
 from .partial import exponents, store_statistics, take_in
 
 
@@ -32,8 +32,9 @@ def _block_scores(score, p, peak, KEYS: tl.constexpr, BLOCK_STRIDES: tl.constexp
 
 @triton.jit
 def compressed(
-    query, key, value, page_indices, start, count, own_scores, next_scores, peaks, totals, sums,
-    QUERIES: tl.constexpr, CAPACITY: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    query, key, value, page_indices, start, count, length, own_scores, next_scores, peaks, totals, sums,
+    QUERIES: tl.constexpr, CAPACITY: tl.constexpr, WITH_LENGTH: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, PAGE: tl.constexpr,
     POOL: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, BLOCK_STRIDES: tl.constexpr,
     BLOCKS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
@@ -52,8 +53,7 @@ def compressed(
     split = program // (H * TILES) % SPLITS
     row = (program // (H * TILES * SPLITS)).to(tl.int64)
 
-    place = tl.load(start + row)
-    queries = tl.minimum(tl.load(count + row), QUERIES)
+    place, queries = placement(start, count, length, row, QUERIES, WITH_LENGTH)
     local = nth * ROWS + tl.arange(0, ROWS)
     inside = local < R
     i = local // G

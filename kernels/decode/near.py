@@ -4,15 +4,16 @@ import triton
 import triton.language as tl
 
 from ..tiles import load_rows, store_rows, zeros
-from .cache import load_tile, locate, split_range
+from .cache import load_tile, locate, placement, split_range
 from .partial import exponents, store_statistics, take_in
 from .select_blocks import room_of
 
 
 @triton.jit
 def near(
-    query, key, value, page_indices, start, count, block_counts, block_indices, peaks, totals, sums,
-    QUERIES: tl.constexpr, CAPACITY: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    query, key, value, page_indices, start, count, length, block_counts, block_indices, peaks, totals, sums,
+    QUERIES: tl.constexpr, CAPACITY: tl.constexpr, WITH_LENGTH: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, PAGE: tl.constexpr,
     POOL: tl.constexpr, COUNTED: tl.constexpr, S: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     SELECTED_SPLITS: tl.constexpr, SLIDING_SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -32,8 +33,9 @@ def near(
     i = program // (H * TILES * SPLITS) % QUERIES
     row = (program // (H * TILES * SPLITS * QUERIES)).to(tl.int64)
 
-    valid = i < tl.load(count + row)
-    position = tl.minimum(tl.load(start + row) + i, CAPACITY - 1)
+    place, queries = placement(start, count, length, row, QUERIES, WITH_LENGTH)
+    valid = i < queries
+    position = tl.minimum(place + i, CAPACITY - 1)
     selects = split < SELECTED_SPLITS
     first, last, begin, earliest = 0, 0, 0, 0
     if SLIDING_SPLITS > 0:

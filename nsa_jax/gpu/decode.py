@@ -35,6 +35,7 @@ class _Rows(NamedTuple):
     page_indices: Array | None
     start: Array
     count: Array
+    length: Array | None
     gates: PerBranch
     block_counts: Array | None
 
@@ -59,6 +60,7 @@ def attend(
     count: Array,
     gates: PerBranch,
     block_counts: int | Array,
+    length: Array | None = None,
 ) -> Array:
     """The gated sum of the branches for queries at the end of their rows: [B, Tq, N, V] in query's dtype.
 
@@ -74,21 +76,23 @@ def attend(
         page_indices: int32 [B, capacity // page_size], the pages of each row; None where rows lie in one piece.
         start, count: int32 [B].
         gates: [B, Tq, N] each, None for a branch that is dropped.
-        block_counts: an int, or int32 [B, Tq, H].
+            What they hold for padding has no effect.
+        block_counts: an int, int32 [], or int32 [B, Tq, H].
+        length: int32 [B], tokens in each row: queries i < count[b] that would stand behind them did not fit, and give
+            NaN, as all do where count[b] is beyond Tq. None: all fit.
     """
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
     counts = None if isinstance(block_counts, int) else block_counts
     most = config.max_block_count if counts is not None else min(config.max_block_count, max(block_counts, 0))
-    step = _Step(config._replace(max_block_count=most), page_indices is not None, counts is not None)
+    counted = "none" if counts is None else "each" if counts.ndim else "one"
+    step = _Step(config._replace(max_block_count=most), page_indices is not None, counted)
     if most == 0 or all(gate is None for gate in gates):
         gates = gates._replace(selected=None)
     if gates.compressed is None and gates.selected is None:
         compressed_key = compressed_value = None
-    if counts is not None:
-        counts = jnp.broadcast_to(counts, (*query.shape[:2], key.shape[2]))
     pool = _Pool(key, value, compressed_key, compressed_value)
-    return _attend(step, pool, _Rows(query, page_indices, start, count, gates, counts))
+    return _attend(step, pool, _Rows(query, page_indices, start, count, length, gates, counts))
 
 
 class _Step(NamedTuple):
@@ -96,7 +100,7 @@ class _Step(NamedTuple):
 
     config: Config
     paged: bool
-    counted: bool
+    counted: str  # see `room_of` in kernels/decode/select_blocks.py
 
 
 def _attend(step: _Step, pool: _Pool, rows: _Rows) -> Array:
@@ -114,6 +118,13 @@ def _attend(step: _Step, pool: _Pool, rows: _Rows) -> Array:
             x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
             return x.reshape(size * x.shape[1], *x.shape[2:])
 
+        of_all = step
+        if step.counted == "one":  # a number alone has no rows to put one behind the other
+            counts, is_batched = rows.block_counts, rows_batched.block_counts
+            shape = (*rows.query.shape[-4:-2], pool.value.shape[-2])
+            counts = jnp.broadcast_to(counts[:, None, None, None], (size, *shape)) if is_batched else counts
+            rows = rows._replace(block_counts=counts if is_batched else jnp.broadcast_to(counts, shape))
+            of_all = step._replace(counted="each")
         merged = jax.tree.map(merge, rows, rows_batched)
         shared = step.paged and not any(jax.tree.leaves(pool_batched))
         if not shared:
@@ -122,7 +133,7 @@ def _attend(step: _Step, pool: _Pool, rows: _Rows) -> Array:
                 pages = merged.page_indices.reshape(size, -1, merged.page_indices.shape[1]) + offset
                 merged = merged._replace(page_indices=pages.reshape(merged.page_indices.shape))
             pool = jax.tree.map(merge, pool, pool_batched)
-        output = _attend(step, pool, merged)
+        output = _attend(of_all, pool, merged)
         return output.reshape(size, -1, *output.shape[1:]), True
 
     return attend(pool, rows)
@@ -140,6 +151,8 @@ class _Sizes(NamedTuple):
 
 _PROGRAMS = 4  # of a multiprocessor: enough for the copies in flight to hide the memory's latency
 _MOST_SPLITS = 64
+_KEYS = 32  # of a tile: a warp's share of a product with them fits its registers
+_STAGES = 3  # two tiles on their way while one is multiplied
 
 
 def _sizes(capability: int, rows: int, columns: int, itemsize: int, keys: int, paged: bool) -> _Sizes:
@@ -151,10 +164,9 @@ def _sizes(capability: int, rows: int, columns: int, itemsize: int, keys: int, p
     if itemsize > 2:
         return _Sizes(side, tiles, keys, 4, 1)
     warps = max(side // 16, 1 if columns <= 320 else 2)  # a warp has 16 rows, so that no two share a row's statistics
-    stages = 3 if keys * columns <= 32 * 256 else 2
-    return _Sizes(
-        side, tiles, keys, warps, stages + 2 * paged
-    )  # as many again ahead of the keys are the pages looked up
+    stages = _STAGES if keys * columns <= _KEYS * 256 else 2
+    stages += 2 * paged  # pages are looked up as far again ahead
+    return _Sizes(side, tiles, keys, warps, stages)
 
 
 def _programs(capability: int) -> int:
@@ -178,7 +190,7 @@ def _run(step: _Step, pool: _Pool, rows: _Rows) -> Array:
     shape = {
         "QUERIES": Tq, "CAPACITY": capacity, "H": H, "G": N // H, "K": K, "V": V, "K_PARTS": tiling.parts(K),
         "V_PARTS": tiling.parts(V), "PRECISION": device.dot_precision(), "FACTOR": config.scale * _LOG2E,
-        "POOL": pool.key.shape[0],
+        "POOL": pool.key.shape[0], "WITH_LENGTH": rows.length is not None,
     }  # fmt: skip
     selection = {"COUNTED": step.counted, "S": S, "BLOCK_SIZE": config.block_size}
     compressed, near, taint = None, None, rows.query
@@ -207,7 +219,7 @@ def _compressed(step, pool, rows, shape, blocks, page):
     columns = sum(shape["K_PARTS"]) + (sum(shape["V_PARTS"]) if with_value else 0)
     itemsize = rows.query.dtype.itemsize
     capability = device.capability_of(kernels.compressed)
-    sizes = _sizes(capability, R, columns, itemsize, max(16 if itemsize > 2 else 32, strides), step.paged)
+    sizes = _sizes(capability, R, columns, itemsize, max(16 if itemsize > 2 else _KEYS, strides), step.paged)
     windows = shape["CAPACITY"] // config.stride
     splits = _spread(_programs(capability), -(-windows // sizes.keys), B * H * sizes.tiles)
     key, value = pool.compressed_key, pool.compressed_value
@@ -219,7 +231,7 @@ def _compressed(step, pool, rows, shape, blocks, page):
     none = jax.ShapeDtypeStruct((1,), _FLOAT)
     scores = jax.ShapeDtypeStruct((B, H, R, blocks), _FLOAT)
     own, spill, *partial = launch(
-        kernels.compressed, rows.query, key, value, _or(rows.page_indices, rows.start), rows.start, rows.count,
+        kernels.compressed, rows.query, key, value, _or(rows.page_indices, rows.start), *_places(rows),
         name="decode_compressed",
         outputs=(
             scores if with_scores else none, scores if overlap else none,
@@ -234,8 +246,10 @@ def _compressed(step, pool, rows, shape, blocks, page):
     return _Partial(*partial), (own, spill)
 
 
-_RANKED = 1024  # blocks that are ranked at once
+_RANKED = 2048  # blocks that are ranked at once, at most
+_LANE = 128  # blocks that a warp ranks
 _SCORES = 16384  # scores that are held at once
+_COMPARED = 1024  # of the lanes' best blocks, up to which all are compared with all
 
 
 def _select(step, rows, shape, selection, compressed, scores):
@@ -245,19 +259,20 @@ def _select(step, rows, shape, selection, compressed, scores):
     config = step.config
     (B, Tq, N, _), H, G = rows.query.shape, shape["H"], shape["G"]
     splits, blocks = compressed.peaks.shape[2], -(-shape["CAPACITY"] // config.block_size)
-    chunk = min(2 * _RANKED, max(16, tiling.power_of_two(blocks)))
+    chunk = min(_RANKED, max(16, tiling.power_of_two(blocks)))
+    lanes, entries = max(1, chunk // _LANE), tiling.power_of_two(selection["S"])
     return launch(
-        kernels.select, _or(rows.block_counts, rows.start), rows.start, rows.count, *scores, compressed.peaks,
+        kernels.select, _or(rows.block_counts, rows.start), *_places(rows), *scores, compressed.peaks,
         compressed.totals, name="decode_select_blocks",
         outputs=(
             jax.ShapeDtypeStruct((B, H, Tq, selection["S"]), jnp.int32), jax.ShapeDtypeStruct((B, H, Tq), _FLOAT),
         ),
-        programs=B * Tq * H, warps=8 if chunk > 256 else 4, stages=1, flops=B * Tq * N * blocks,
-        QUERIES=Tq, CAPACITY=shape["CAPACITY"], H=H, G=G, INIT=min(config.num_init_blocks, blocks),
-        LOCAL=min(max(config.num_local_blocks, 1), blocks), OVERLAP=config.window > config.stride,
-        BLOCKS=scores[0].shape[3], SPLITS=splits, SPLITS_PADDED=tiling.power_of_two(splits),
-        HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)), CHUNK=chunk,
-        ENTRIES=tiling.power_of_two(selection["S"]), **selection,
+        programs=B * Tq * H, warps=lanes, stages=1, flops=B * Tq * N * blocks,
+        QUERIES=Tq, CAPACITY=shape["CAPACITY"], WITH_LENGTH=shape["WITH_LENGTH"], H=H, G=G,
+        INIT=min(config.num_init_blocks, blocks), LOCAL=min(max(config.num_local_blocks, 1), blocks),
+        OVERLAP=config.window > config.stride, BLOCKS=scores[0].shape[3], SPLITS=splits,
+        SPLITS_PADDED=tiling.power_of_two(splits), HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)),
+        LANES=lanes, WIDTH=chunk // lanes, ENTRIES=entries, PAIRWISE=lanes * entries <= _COMPARED, **selection,
     )  # fmt: skip
 
 
@@ -269,7 +284,7 @@ def _near(step, pool, rows, shape, selection, block_indices, page):
     B, Tq, N, _ = rows.query.shape
     K, V, H, G = shape["K"], shape["V"], shape["H"], shape["G"]
     columns, itemsize = sum(shape["K_PARTS"]) + sum(shape["V_PARTS"]), rows.query.dtype.itemsize
-    keys = min(config.block_size, 16 if itemsize > 2 else 32)
+    keys = min(config.block_size, 16 if itemsize > 2 else _KEYS)
     capability = device.capability_of(kernels.near)
     sizes = _sizes(capability, G, columns, itemsize, keys, step.paged)
     window = min(config.window_size, shape["CAPACITY"])
@@ -281,7 +296,7 @@ def _near(step, pool, rows, shape, selection, block_indices, page):
     each = max(2, -(-sum(tiles) // max(1, round(_programs(capability) / max(others, 1)))))
     splits = tuple(min(_MOST_SPLITS, -(-count // each)) for count in tiles)
     partial = launch(
-        kernels.near, rows.query, pool.key, pool.value, _or(rows.page_indices, rows.start), rows.start, rows.count,
+        kernels.near, rows.query, pool.key, pool.value, _or(rows.page_indices, rows.start), *_places(rows),
         _or(rows.block_counts, rows.start), block_indices, name="decode_near",
         outputs=_partial((B, H, Tq, sum(splits), G), V),
         programs=others * sum(splits), warps=sizes.warps, stages=sizes.stages,
@@ -292,7 +307,7 @@ def _near(step, pool, rows, shape, selection, block_indices, page):
     return _Partial(*partial), splits
 
 
-_READS = 8192  # numbers of partial results that a program reads at once
+_NUMBERS = 64  # of partial results that a thread holds, about
 
 
 def _combine(rows, V, H, compressed, near, splits, taint):
@@ -301,19 +316,19 @@ def _combine(rows, V, H, compressed, near, splits, taint):
 
     B, Tq, N, _ = rows.query.shape
     nothing = _Partial(rows.start, rows.start, rows.start)
-    compressed_splits = compressed.peaks.shape[2] if rows.gates.compressed is not None else 0
+    splits = (compressed.peaks.shape[2] if rows.gates.compressed is not None else 0, *splits)
+    padded = [tiling.power_of_two(max(count, 1)) for count in splits]
     columns = tiling.power_of_two(V)
-    padded = {
-        f"{name}_{kind}": tiling.power_of_two(max(count, 1)) if kind == "PADDED" else count
-        for name, count in zip(("COMPRESSED", "SELECTED", "SLIDING"), (compressed_splits, *splits), strict=True)
-        for kind in ("SPLITS", "PADDED")
-    }
+    names = "COMPRESSED", "SELECTED", "SLIDING"
     (output,) = launch(
-        kernels.combine, rows.start, rows.count, *(_or(gate, rows.start) for gate in rows.gates),
-        *(compressed or nothing), *(near or nothing), taint, name="decode_combine",
-        outputs=(jax.ShapeDtypeStruct((B, Tq, N, V), rows.query.dtype),),
-        programs=B * Tq * N, warps=4, stages=1, flops=2 * B * Tq * N * V * (compressed_splits + sum(splits)),
-        QUERIES=Tq, H=H, G=N // H, V=V, COLUMNS=columns, READS=max(1, _READS // columns), **padded,
+        kernels.combine, *_places(rows), *(_or(gate, rows.start) for gate in rows.gates), *(compressed or nothing),
+        *(near or nothing), taint,
+        name="decode_combine", outputs=(jax.ShapeDtypeStruct((B, Tq, N, V), rows.query.dtype),),
+        programs=B * Tq * N, warps=min(8, tiling.power_of_two(-(-sum(padded) * columns // (32 * _NUMBERS)))), stages=1,
+        flops=2 * B * Tq * N * V * sum(splits),
+        QUERIES=Tq, WITH_LENGTH=rows.length is not None, H=H, G=N // H, V=V, COLUMNS=columns,
+        **{f"{name}_SPLITS": count for name, count in zip(names, splits, strict=True)},
+        **{f"{name}_PADDED": count for name, count in zip(names, padded, strict=True)},
     )  # fmt: skip
     return output
 
@@ -322,6 +337,11 @@ def _partial(shape: tuple[int, ...], V: int):
     """What the outputs of a launch over splits look like; without values the sums are not written."""
     sums = (*shape, V) if V else (1,)
     return tuple(jax.ShapeDtypeStruct(x, _FLOAT) for x in (shape, shape, sums))
+
+
+def _places(rows: _Rows) -> tuple[Array, Array, Array]:
+    """What kernels are told about where queries stand."""
+    return rows.start, rows.count, _or(rows.length, rows.start)
 
 
 def _or(x: Array | None, other: Array) -> Array:

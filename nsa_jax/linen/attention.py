@@ -1,6 +1,7 @@
 """The attention layer: projections and gates around `nsa_jax.layers.attention`."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class NativeSparseAttention(Projections):
     num_local_blocks: int = 2
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
-    implementation: str | None = None
+    implementation: Literal["triton", "xla"] | None = None
 
     @nn.compact
     def __call__(

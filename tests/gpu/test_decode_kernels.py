@@ -156,10 +156,11 @@ def test_at_most_four_launches():
     assert count_launches(lambda *arrays: decode.attend(step.config, *arrays, counts), *arrays) == 4
 
 
-@pytest.mark.parametrize("ranked", [16, 1024])
-def test_of_equal_importance_the_first_blocks_are_taken(monkeypatch, ranked):
-    # all blocks lie in one chunk or in several; equal keys give equal scores
-    monkeypatch.setattr(decode, "_RANKED", ranked // 2)
+@pytest.mark.parametrize("compared", [0, 1024])
+def test_of_equal_importance_the_first_blocks_are_taken(monkeypatch, compared):
+    # three chunks of two lanes each; the best of the lanes are compared one by one or all at once
+    for name, number in (("_RANKED", 16), ("_LANE", 8), ("_COMPARED", compared)):
+        monkeypatch.setattr(decode, name, number)
     step = Step(640, 2, 1, 16, 16, (639,), (1,), S=6, drop=("compressed", "sliding"))
     keys = np.array(step.key)
     keys[:, :] = keys[:, :1]
@@ -200,6 +201,21 @@ def test_what_is_not_finite_reaches_those_who_see_it(finite, what):
     assert_same_bits([result[~seen]], [clean[~seen]])
 
 
+def test_queries_that_do_not_fit():
+    step = Step(64, 2, 1, 16, 16, (60, 61, 20), (4, 2, 5), Tq=4)
+    output = np.asarray(attend(step, length=jnp.asarray([62, 63, 25], jnp.int32)))
+    fits = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)  # to the last row more were appended than asked
+    assert np.isnan(output[~fits]).all()
+    assert_same_bits([output[fits]], [np.asarray(attend(step))[fits]])
+
+
+def test_one_count_for_all_queries():
+    step = STEPS["pages of one window"]
+    *arrays, counts = step.arguments()
+    traced = jax.jit(lambda *arrays: decode.attend(step.config, *arrays))(*arrays, jnp.int32(counts))
+    assert_same_bits([traced], [attend(step)])
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_selection_by_what_is_not_finite():
     # the compressed branch is dropped, so that it is the list of blocks alone that comes from a NaN
@@ -223,5 +239,7 @@ def test_vmap_puts_rows_and_pools_together():
     alone = attend(step, query=twice[1])
     both = jax.jit(jax.vmap(of, in_axes=(0, *[None] * 8)))(twice, *arrays[1:])
     assert_close(both, (shared, alone))  # more rows have fewer splits
+    counted = jax.vmap(lambda query, count: decode.attend(step.config, query, *arrays[1:], count), in_axes=(0, None))
+    assert_close(jax.jit(counted)(twice, jnp.int32(counts)), (shared, alone))
     all_twice = jax.tree.map(lambda x: jnp.stack([x, x]), tuple(arrays[1:]))
     assert_close(jax.jit(jax.vmap(of))(twice, *all_twice), (shared, alone))
