@@ -195,3 +195,18 @@ def test_errors(decode, arguments, message):
 
 def test_decode_is_off_unless_asked_for():
     assert not NativeSparseAttention(num_heads=1).decode and not NSATransformer(SMALL).decode
+
+
+def test_kernels_read_rings_and_layers_in_their_places():
+    """A token after a prompt, by kernels for few queries, in a model whose layers have all there is."""
+    fields = {"separate_keys": True, "compression": "mlp", "window_size": 20}
+    config = dataclasses.replace(SMALL, **fields)
+    tokens = jax.random.randint(jax.random.key(0), (2, 52), 0, config.vocab_size)
+    decoder = NSATransformer(config, decode=True)
+    params = nn.unbox(jax.jit(NSATransformer(config).init)(jax.random.key(1), tokens))
+    params = jax.tree.map(lambda x: 3 * x, params)
+    expected, cache = in_chunks(stepper(decoder, params), decoder.init_cache(2, 64), tokens[:, :51], (51,))
+    expected, _ = stepper(decoder, params)(cache, tokens[:, 51:])
+    kernels = NSATransformer(dataclasses.replace(config, implementation="triton"), decode=True)
+    output, _ = stepper(kernels, params)(cache, tokens[:, 51:])
+    assert ratio(output, expected) <= RATIO
