@@ -11,7 +11,6 @@ from nsa_jax.branches import nothing_seen
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import cleaning
 from nsa_jax.gpu.branch import Branch, statistics, untouched
-from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.rows.queries import Row
 
@@ -112,12 +111,12 @@ def backward_key_value(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(spec: Spec, query: Array, key: Array, value: Array, row: Row, intervals: Intervals) -> tuple[Array, Array]:
     """(output [B, Tq, N, V], lse float32 [B, Tq, N]) of attention to the intervals."""
-    return _attend_forward(spec, query, key, value, row, intervals)[0]
-
-
-def _attend_forward(spec, query, key, value, row, intervals):
     # the forward pass hides a score, NaN or not: it multiplies only values by what it hides
-    key, value, unclean = cleaning.clean(key, value, with_key=False)
+    return _attend_forward(spec, query, key, value, row, intervals, with_key=False)[0]
+
+
+def _attend_forward(spec, query, key, value, row, intervals, with_key=True):
+    key, value, unclean = cleaning.clean(key, value, with_key)
     seen = see(row, intervals, unclean)
     output, lse = name_residuals(spec.branch, *forward(query, key, value, seen, spec)[:2])
     return (output, lse), (query, key, value, seen, output, lse)
@@ -126,7 +125,6 @@ def _attend_forward(spec, query, key, value, row, intervals):
 def _attend_backward(spec, residuals, cotangents):
     query, key, value, seen, output, lse = residuals
     d_output, d_lse = cotangents
-    key = sight.clean_rows(key)
     branch = Branch(output, lse, jnp.ones_like(lse), d_lse)
     d_query, delta = backward_query(query, key, value, d_output, branch, seen, spec)
     return d_query, *backward_key_value(query, key, value, d_output, branch, delta, seen, spec), None, None
