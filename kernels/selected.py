@@ -238,7 +238,7 @@ def backward_query(
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta = load_statistics(output, do, lse, d_lse, delta, base, offset, inside, V, V_PARTS, HAS_D_LSE)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0)
-    # of the rows: -inf where they see nothing, NaN where what they see is not finite
+    # -inf in rows that see nothing, NaN in rows that see something that is not finite
     state = row_lse
     if SHAPE.WINDOW > 0:
         near_lse, near_delta = load_statistics(

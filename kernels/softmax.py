@@ -54,11 +54,21 @@ def finish_seen(peak, total, sums, sight, V_PARTS: tl.constexpr):
 
 @triton.jit
 def load_statistics(
-    output, do, lse, d_lse, delta, base, offset, inside,
-    V: tl.constexpr, V_PARTS: tl.constexpr, HAS_D_LSE: tl.constexpr,
-):  # fmt: skip
-    """Of the rows at base + offset [M], with the output's cotangent do [M, V]: the lse in base 2, and delta, which is
-    written too. A masked row has probability 0.
+    output,
+    do,
+    lse,
+    d_lse,
+    delta,
+    base,
+    offset,
+    inside,
+    V: tl.constexpr,
+    V_PARTS: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+):
+    """The lse in base 2 of the rows at base + offset [M], and delta, which it also writes.
+
+    do [M, V] is the output's cotangent. A masked row has probability 0.
 
     delta is what the gradients of a row's scores subtract, as in FlashAttention: rowsum(do * output) - d_lse. It is 0
     for a row that sees nothing, lse -inf: its lse is constant, whatever the cotangent holds.

@@ -1,7 +1,7 @@
 """Selected attention: every query attends to the blocks chosen for it (arXiv 2502.11089, equation 12)."""
 
 import functools
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 
@@ -10,6 +10,40 @@ from nsa_jax.rows.queries import locate
 from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
+
+
+@overload
+def selected_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_indices: Array,
+    *,
+    block_counts: Array | int | None = None,
+    block_size: int = 64,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def selected_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_indices: Array,
+    *,
+    block_counts: Array | int | None = None,
+    block_size: int = 64,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def selected_attention(
@@ -74,8 +108,7 @@ def selected_attention(
         checks.segment_ids(segment_ids, *key.shape[:2]),
         checks.query_indices(query_indices, query),
     )
-    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
-    return results if return_residual else results[0]
+    return meshes.partitioned_attention(attend, arrays, return_residual)
 
 
 @one_program

@@ -1,7 +1,7 @@
 """The sliding branch: attention to the last `window_size` tokens of the query's segment."""
 
 import functools
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 
@@ -12,6 +12,36 @@ from nsa_jax.rows.queries import locate
 from nsa_jax.runtime.eager import one_program
 
 Array = jax.Array
+
+
+@overload
+def sliding_window_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def sliding_window_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def sliding_window_attention(
@@ -65,8 +95,7 @@ def sliding_window_attention(
         checks.segment_ids(segment_ids, *key.shape[:2]),
         checks.query_indices(query_indices, query),
     )
-    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
-    return results if return_residual else results[0]
+    return meshes.partitioned_attention(attend, arrays, return_residual)
 
 
 @one_program

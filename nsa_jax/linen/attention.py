@@ -1,5 +1,7 @@
 """The attention layer: projections and gates around `nsa_jax.layers.attention`."""
 
+from typing import Literal
+
 import jax
 from flax import linen as nn
 
@@ -45,7 +47,7 @@ class NativeSparseAttention(Projections):
     num_local_blocks: int = 2
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
-    implementation: str | None = None
+    implementation: Literal["triton", "xla"] | None = None
 
     @nn.compact
     def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:

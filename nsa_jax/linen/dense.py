@@ -1,5 +1,7 @@
 """Dense causal attention behind the same interface, to compare with."""
 
+from typing import Literal
+
 import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -22,11 +24,22 @@ class DenseAttention(Projections):
             device; then cuDNN takes rows without segment ids on an NVIDIA GPU.
     """
 
-    implementation: str | None = None
+    implementation: Literal["triton", "xla"] | None = None
 
     @nn.compact
     def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
-        """x [B, T, features], segment_ids integers [B, T] (negative: padding, output 0) -> [B, T, out_features]."""
+        """The layer's output.
+
+        Args:
+            x: [B, T, features].
+            segment_ids: integers [B, T], or None for one segment per row; negative is padding.
+
+        Returns:
+            [B, T, out_features]; on padding the bias of the last projection, 0 without one.
+
+        Raises:
+            ValueError, TypeError: a field is out of range, or x or segment_ids has a wrong shape or dtype.
+        """
         segment_ids, tokens = self.positions(x, segment_ids)
         features = x.shape[-1]
         kv_heads, width, value_width = self.widths(features)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ class NativeSparseAttention(nnx.Module):
     """Native Sparse Attention over packed rows, in the manner of `nnx.MultiHeadAttention`.
 
     It computes what `nsa_jax.linen.NativeSparseAttention` computes, bit for bit where the parameters are the same
-    (`load_linen`, `to_linen`), with the same names of parameters and of their logical axes.
+    (`load_linen`, `to_linen`), with the same names of parameters and of their logical axes. Outside a mesh the names
+    are metadata, which `nnx.get_partition_spec` reads. Inside `jax.set_mesh` and `nnx.logical_axis_rules` with a rule
+    for each name, parameters are made where the rules say.
 
     Args:
         num_heads: N, query heads.
@@ -76,7 +79,7 @@ class NativeSparseAttention(nnx.Module):
         num_local_blocks: int = 2,
         branches: Sequence[str] = BRANCHES,
         separate_keys: bool = False,
-        implementation: str | None = None,
+        implementation: Literal["triton", "xla"] | None = None,
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
