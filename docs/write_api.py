@@ -18,17 +18,17 @@ def page(old: str) -> str:
     """The page, with what is written by hand in the old one: its beginning, examples, and all about constants."""
     lines = [re.split(r"^## ", old, maxsplit=1, flags=re.M)[0].rstrip()]
     for module in MODULES:
-        public, own = importlib.import_module(module), _section(old, module, "##")
+        public = importlib.import_module(module)
         lines.append(f"## {module}")
         for name in public.__all__:
             lines.append(f"### {name}")
-            lines += _entry(name, getattr(public, name), _section(own, name, "###"))
+            lines += _entry(name, getattr(public, name), _section(_section(old, module, "##"), name, "###"))
     return "\n\n".join(lines) + "\n"
 
 
-def _section(old: str, name: str, level: str) -> str:
-    """What stands below a heading in the old page."""
-    found = re.search(rf"^{level} {re.escape(name)}\n(.*?)(?=^#{{2,{len(level)}}} |\Z)", old, re.M | re.S)
+def _section(text: str, name: str, level: str) -> str:
+    """What stands below a heading, up to the next of its level."""
+    found = re.search(rf"^{level} {re.escape(name)}\n(.*?)(?=^{level} |\Z)", text, re.M | re.S)
     return found[1].strip() if found else ""
 
 

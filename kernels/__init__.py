@@ -14,6 +14,8 @@
                  d_query                      selected.py          selected.py
                  d_key, d_value               selected_keys.py     selected_keys.py
                  sum of what items give       selected_keys.py     (the portable one)
+    all, of few  forward, has no gradient     decode/              (the portable one)
+      queries
 
 The forward pass of interval.py on Hopper also adds up the gated outputs of all branches. What kernels share:
 

@@ -158,13 +158,13 @@ def forward(query, key, value, key_begin, key_end, sight, output, lse, SHAPE: tl
     for i in range(lower, upper):
         number, k, v = _load_keys(i, key, value, row, head, SHAPE, DESCRIPTORS)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
-        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
         number, k, v = _load_keys(j, key, value, row, head, SHAPE, DESCRIPTORS)
         seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
         score = tl.where(seen, scores(q, k, SCALE, K_PARTS, PRECISION), float("-inf"))
-        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
     result, result_lse = finish_seen(peak, total, sums, row_sight, V_PARTS)
     store_rows(output + rows.base * V, rows.offset * V, result, rows.inside, V, V_PARTS)
@@ -301,9 +301,12 @@ def _key_gradients(
     score = inner(k, q, SHAPE.K_PARTS, SHAPE.PRECISION)  # [KEYS, ROWS]
     p = tl.exp2(score * (SHAPE.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
     if MASKED:
-        p = tl.where((rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None]), p, 0.0)
+        seen = (rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None])
+        p = tl.where(seen, p, 0.0)
     dv = accumulate(dv, p, do, SHAPE.V_PARTS, SHAPE.PRECISION)
     ds = p * (inner(v, do, SHAPE.V_PARTS, SHAPE.PRECISION) - row_delta[None, :])
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)  # the product with a value that is not seen may overflow
     dk = accumulate(dk, ds, q, SHAPE.K_PARTS, SHAPE.PRECISION)
     return dk, dv
 

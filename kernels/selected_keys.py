@@ -151,13 +151,13 @@ def _key_gradients(
         chosen = seen & (chooser & 1 == 1)[None, :] if SHAPE.WINDOW > 0 else seen
         p = tl.where(chosen, p * row_weight[None, :], 0.0)
         dp = inner(v, do, V_PARTS, PRECISION)
-        ds = p * (dp - row_delta[None, :])
+        ds = tl.where(chosen, p * (dp - row_delta[None, :]), 0.0)  # the product with an unseen value may overflow
         if SHAPE.WINDOW > 0:
             near_lse, near_delta, near_weight = _gathered(queries.sliding, offset, real)
             near = seen & (index[:, None] > row_place[None, :] - SHAPE.WINDOW)
             near_p = tl.where(near, tl.exp2(exponent - near_lse[None, :]) * near_weight[None, :], 0.0)
             p += near_p
-            ds += near_p * (dp - near_delta[None, :])
+            ds += tl.where(near, near_p * (dp - near_delta[None, :]), 0.0)
         dv = accumulate(dv, p, do, V_PARTS, PRECISION)
     dk = accumulate(dk, ds, q, K_PARTS, PRECISION)
     return dk, dv

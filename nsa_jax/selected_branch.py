@@ -7,7 +7,7 @@ import jax
 
 from nsa_jax import checks, meshes, reference
 from nsa_jax.rows.queries import locate
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
 
@@ -111,7 +111,7 @@ def selected_attention(
     return meshes.partitioned_attention(attend, arrays, return_residual)
 
 
-@one_program
+@one_program_each
 def _attend(block_size, scale, implementation, query, key, value, block_indices, block_counts, *places):
     """(output, lse) of checked arguments; places: segment_ids and query_indices."""
     if implementation == "triton":

@@ -9,7 +9,7 @@ from nsa_jax import checks, meshes, reference
 from nsa_jax.branches import nothing_seen
 from nsa_jax.rows.intervals import sliding_intervals
 from nsa_jax.rows.queries import locate
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
 
@@ -98,7 +98,7 @@ def sliding_window_attention(
     return meshes.partitioned_attention(attend, arrays, return_residual)
 
 
-@one_program
+@one_program_each
 def _attend(window_size, scale, implementation, query, key, value, segment_ids, query_indices):
     """(output, lse) of checked arguments."""
     if window_size == 0:

@@ -33,10 +33,13 @@ def imported(path):
 
 def parsers():
     """Of the project's own commands."""
-    from nsa_jax.train import cli
+    from nsa_jax.train import cli, generate_cli
 
     files = [f"benchmarks/{name}.py" for name in ("benchmark_nsa", "recall")]
-    return {"nsa-train": cli._parser()} | {file: imported(ROOT / file)._parser() for file in files}
+    return {
+        "nsa-train": cli._parser(),
+        "nsa-generate": generate_cli._parser(),
+    } | {file: imported(ROOT / file)._parser() for file in files}
 
 
 @pytest.mark.parametrize("page", by_name(page for page in PAGES if "```python" in page.read_text()))
@@ -50,7 +53,7 @@ def test_python_blocks_run_one_after_the_other(page):
 def commands(text):
     """The commands in a page, as words: in indented or fenced lines, and in inline code."""
     text = re.sub(r"^```python\n.*?^```", "", text, flags=re.M | re.S)
-    starts = r"(?:python3?|pip|uv|pytest|compute-sanitizer|nsa-train|ruff) "
+    starts = r"(?:python3?|pip|uv|pytest|compute-sanitizer|nsa-train|nsa-generate|ruff) "
     found = re.findall(rf"^(?: {{4}})?({starts}.*)$", text, re.M) + re.findall(rf"`({starts}[^`]*)`", text)
     for line in found:
         words = shlex.split(line, comments=True)

@@ -84,6 +84,16 @@ def window_sizes(layer: Any) -> dict[str, int]:
     return {"window": window, "stride": stride}
 
 
+def by_branch(layer: Any, x: Array, branches: tuple[str, ...]) -> dict[str, Array]:
+    """x [B, T, branches, H, D], or [B, T, H, D] for all of them."""
+    return {branch: x[:, :, i] if layer.separate_keys else x for i, branch in enumerate(branches)}
+
+
+def rotate_to(layer: Any, x: Array, position: Array) -> Array:
+    """x [B, T, H, K] turned to its positions, int32 [B, T], if the layer does so."""
+    return x if layer.rope_theta is None else rotate(x, position, theta=layer.rope_theta)
+
+
 def attend(
     layer: Any,
     query: Array,
@@ -109,12 +119,12 @@ def attend(
         [B, T, N, V].
     """
     branches = branches_in_use(layer)
-    query = _rotate(layer, query, tokens.position)
-    keys, values = _by_branch(layer, key, branches), _by_branch(layer, value, branches)
+    query = rotate_to(layer, query, tokens.position)
+    keys, values = by_branch(layer, key, branches), by_branch(layer, value, branches)
     if layer.separate_keys:
-        rotated = {branch: _rotate(layer, keys[branch], tokens.position) for branch in branches}
+        rotated = {branch: rotate_to(layer, keys[branch], tokens.position) for branch in branches}
     else:
-        rotated = _by_branch(layer, _rotate(layer, key, tokens.position), branches)
+        rotated = by_branch(layer, rotate_to(layer, key, tokens.position), branches)
     gates = {branch: gate[:, :, i] for i, branch in enumerate(branches)}
 
     compressed = None, None
@@ -123,15 +133,6 @@ def attend(
         compressed = _compress(layer, keys[source], rotated[source], values[source], tokens, segment_ids, maps)
     branch_attention = _attend_separate if layer.separate_keys else _attend_shared
     return branch_attention(layer, query, rotated, values, *compressed, gates, segment_ids)
-
-
-def _by_branch(layer, x: Array, branches: tuple[str, ...]) -> dict[str, Array]:
-    """x [B, T, branches, H, D], or [B, T, H, D] for all of them."""
-    return {branch: x[:, :, i] if layer.separate_keys else x for i, branch in enumerate(branches)}
-
-
-def _rotate(layer, x: Array, position: Array) -> Array:
-    return x if layer.rope_theta is None else rotate(x, position, theta=layer.rope_theta)
 
 
 def _compress(layer, key, rotated, value, tokens, segment_ids, maps) -> tuple[Array, Array]:
@@ -147,7 +148,7 @@ def _compress(layer, key, rotated, value, tokens, segment_ids, maps) -> tuple[Ar
     )
     last = jnp.maximum(start, 0) + sizes["window"] - 1
     position = jnp.take_along_axis(tokens.position, jnp.minimum(last, tokens.position.shape[1] - 1), axis=1)
-    return _rotate(layer, key, position), value
+    return rotate_to(layer, key, position), value
 
 
 def _attend_shared(layer, query, keys, values, compressed_key, compressed_value, gates, segment_ids) -> Array:

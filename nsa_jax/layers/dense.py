@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 import nsa_jax
 from nsa_jax import meshes
+from nsa_jax.layers.decode import LayerState, empty_cache, stacked, without_windows
 from nsa_jax.runtime import device
 
 Array = jax.Array
@@ -33,6 +34,34 @@ def causal_attention(
     return nsa_jax.sliding_window_attention(
         query, key, value, window_size=query.shape[1], segment_ids=segment_ids, implementation=implementation
     )
+
+
+def attend_next(
+    state: LayerState, query: Array, key: Array, value: Array, lengths: Array | None, *, implementation: str | None
+) -> tuple[Array, LayerState]:
+    """Attention of the next tokens of each row to all that were.
+
+    Args:
+        state: what was.
+        query, key, value: [B, Tq, N, K], [B, Tq, H, K] and [B, Tq, H, V] of the next tokens, rotated.
+        lengths: integers [B], how many of them belong to each row; all unless given.
+        implementation: "triton", "xla", or None to choose by device.
+
+    Returns:
+        [B, Tq, N, V], and the state that has seen them.
+    """
+    cache = nsa_jax.extend_cache(state.cache, key, value, lengths=lengths)
+    output = nsa_jax.cached_attention(
+        query, cache, sliding_gate=1.0, window_size=cache.capacity, implementation=implementation
+    )
+    return output, LayerState(cache)
+
+
+def init_state(
+    batch: int, capacity: int, widths: tuple[int, int, int], dtype: jnp.dtype, *, num_layers: int = 1
+) -> LayerState:
+    """The state of dense layers that have seen nothing; widths: H, K and V."""
+    return LayerState(stacked(without_windows(empty_cache(batch, capacity, widths, dtype=dtype)), num_layers))
 
 
 def _cudnn(query: Array, key: Array, value: Array) -> Array:

@@ -1,11 +1,15 @@
 """The attention layer: projections and gates around `nsa_jax.layers.attention`."""
 
+import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from nsa_jax.layers.attention import BRANCHES, attend, branches_in_use
+from nsa_jax.layers.decode import LayerState, attend_next, init_state
+from nsa_jax.linen.cache_variable import cache_variable
 from nsa_jax.linen.compression import MLPCompression
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
 
@@ -50,19 +54,30 @@ class NativeSparseAttention(Projections):
     implementation: Literal["triton", "xla"] | None = None
 
     @nn.compact
-    def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        segment_ids: Array | None = None,
+        *,
+        lengths: Array | None = None,
+        state: LayerState | None = None,
+    ) -> Array | tuple[Array, LayerState]:
         """The layer's output.
 
         Args:
             x: [B, T, features].
-            segment_ids: integers [B, T], or None for one segment per row; negative is padding.
+            segment_ids: integers [B, T], or None for one segment per row; negative is padding. None in decoding, where
+                a row is one segment.
+            lengths: in decoding, integers [B], how many of the tokens belong to each row; all unless given.
+            state: what the layer has seen (`init_state`), where the caller keeps it in place of a collection.
 
         Returns:
-            [B, T, out_features]; on padding the bias of the last projection, 0 without one.
+            [B, T, out_features]; on padding the bias of the last projection, 0 without one; in decoding NaN for tokens
+            that the cache has no room for. With a state also the next one.
 
         Raises:
-            ValueError, TypeError: a field is out of range or contradicts another, or x or segment_ids has a wrong shape
-                or dtype.
+            ValueError, TypeError: a field is out of range or contradicts another, or x, segment_ids or lengths has a
+                wrong shape or dtype.
         """
         segment_ids, tokens = self.positions(x, segment_ids)
         features = x.shape[-1]
@@ -75,8 +90,24 @@ class NativeSparseAttention(Projections):
         value = self.project("value", (*copies, kv_heads, value_width), (*copy_axes, *KV_HEADS))(x)
         gate = nn.sigmoid(self.project("gate", (len(branches), self.num_heads), ("branches", "heads"))(x))
         maps = None if self.compression == "mean" else (self._map("compress_key"), self._map("compress_value"))
-        output = attend(self, query, key, value, gate, tokens=tokens, segment_ids=segment_ids, maps=maps)
-        return self.project_out(features)(output)
+        init = functools.partial(self.init_state, *x.shape[:2], features, key.dtype)
+        variable, seen = cache_variable(self, init, segment_ids, lengths, state)
+        if seen is None:
+            output = attend(self, query, key, value, gate, tokens=tokens, segment_ids=segment_ids, maps=maps)
+            return self.project_out(features)(output)
+        output, seen = attend_next(self, seen, query, key, value, gate, lengths=lengths, maps=maps)
+        output = self.project_out(features)(output)
+        if variable is None:
+            return output, seen
+        variable.value = seen
+        return output
+
+    def init_state(
+        self, batch: int, capacity: int, features: int, dtype: jnp.dtype, *, num_layers: int = 1
+    ) -> LayerState:
+        """The state of a layer, or of several, that has seen nothing, with room for `capacity` tokens a row."""
+        learned = self.compression != "mean"
+        return init_state(self, batch, capacity, self.widths(features), dtype, learned=learned, num_layers=num_layers)
 
     def _map(self, name: str) -> nn.Module:
         if isinstance(self.compression, nn.Module):

@@ -28,6 +28,9 @@ class Projections(nn.Module):
         use_bias: whether the projections have biases.
         dtype, param_dtype: of the computation (the inputs' unless given) and of the parameters.
         kernel_init, out_kernel_init, bias_init: initialisers; out_kernel_init is kernel_init unless given.
+        decode: whether the layer keeps what it has seen, in the collection "cache", and its input are the tokens that
+            come next, any number at a time. As in `nn.MultiHeadDotProductAttention`, `init` makes an empty cache, with
+            room for as many tokens as its input has; apply with `mutable=["cache"]`.
     """
 
     num_heads: int
@@ -42,6 +45,7 @@ class Projections(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    decode: bool = False
 
     def widths(self, features: int) -> tuple[int, int, int]:
         """(H, K, V) for inputs of so many features."""
