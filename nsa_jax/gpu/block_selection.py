@@ -1,5 +1,7 @@
 """Selection of blocks by the kernels."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,7 @@ from nsa_jax.gpu import backends
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import Row
 from nsa_jax.runtime import transforms
+from nsa_jax.runtime.partitioning import KEY, OF_QUERIES, QUERY, ROWS, SIGHT, partitioned
 
 Array = jax.Array
 
@@ -27,7 +30,7 @@ def select(
     scale: float,
 ) -> Array:
     """The arguments and the result are those of `reference.select_blocks`; compressed keys come cleaned."""
-    (B, Tq, N, K), H = query.shape, compressed_key.shape[2]
+    (B, Tq, _, K), H = query.shape, compressed_key.shape[2]
     num_blocks = -(-row.length // block_size)
     S = min(max_block_count, num_blocks)
     queries, seen = row.queries, window_intervals(row, window, stride)
@@ -38,7 +41,7 @@ def select(
     backend = backends.block_selection(query, compressed_key, S, block_size // stride)
 
     def run(query, key, *arrays):
-        flops = query.shape[0] * N * Tq * key.shape[1] * K
+        flops = math.prod(query.shape) * key.shape[1]
         return backend.select(
             query,
             key,
@@ -52,14 +55,8 @@ def select(
             LOCAL=min(num_local_blocks, num_blocks),
         )
 
-    block_indices = transforms.fold_vmap(run)(
-        query,
-        compressed_key,
-        lse,
-        counts,
-        queries.start,
-        queries.position // block_size,
-        seen.key_begin,
-        seen.key_end,
-    )
+    places = queries.start, queries.position // block_size, seen.key_begin, seen.key_end
+    arrays = query, compressed_key, lse, counts, *places
+    axes = QUERY, KEY, OF_QUERIES, SIGHT, *[ROWS] * len(places)
+    block_indices = partitioned(transforms.fold_vmap(run), arrays, axes, SIGHT)
     return jnp.pad(block_indices, ((0, 0),) * 3 + ((0, max_block_count - S),), constant_values=-1)
