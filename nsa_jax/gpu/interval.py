@@ -110,7 +110,7 @@ def backward_query(
     def run(query, key, value, d_output, branch, seen, before):
         return spec.backend.backward_query(query, key, value, d_output, branch, seen, spec, before)
 
-    arrays = query, key, value, d_output, branch, seen, before
+    arrays = query, key, value, d_output, branch, seen._replace(sight=None), before
     return partitioned(run, arrays, (QUERY, KEY, KEY, QUERY, BRANCH, _SEEN, QUERY), (QUERY, OF_QUERIES))
 
 

@@ -98,7 +98,8 @@ def backward_query(
     def run(query, key, value, d_output, branches, routes, before):
         return spec.backend.backward_query(query, key, value, d_output, branches, routes, spec, before)
 
-    arrays = query, key, value, d_output, branches, routes, before
+    unsighted = routes._replace(sight=None, sliding_sight=None)
+    arrays = query, key, value, d_output, branches, unsighted, before
     axes = QUERY, KEY, KEY, QUERY, [BRANCH] * len(branches), _ROUTES, QUERY
     return partitioned(run, arrays, axes, (QUERY, [OF_QUERIES] * len(branches)))
 

@@ -29,7 +29,10 @@ def call(function: Callable, outputs: Sequence[jax.ShapeDtypeStruct], *arrays: A
     inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
     def on_buffers(operands, results):
-        function([_view(*x) for x in zip(operands, inputs, strict=True)], [_view(*x) for x in zip(results, outputs, strict=True)])
+        function(
+            [_view(*x) for x in zip(operands, inputs, strict=True)],
+            [_view(*x) for x in zip(results, outputs, strict=True)],
+        )
 
     with _lock:
         key = len(_functions)
@@ -132,7 +135,10 @@ def _handle(pointer) -> int | None:
     try:
         if frame.extension and frame.extension.contents.type == _METADATA:
             metadata = ctypes.cast(frame.extension, ctypes.POINTER(_MetadataExtension)).contents.metadata.contents
-            metadata.version.major, metadata.version.minor = frame.api.contents.version.major, frame.api.contents.version.minor
+            metadata.version.major, metadata.version.minor = (
+                frame.api.contents.version.major,
+                frame.api.contents.version.minor,
+            )
             return None
         *operands, key = frame.arguments.addresses()
         _functions[ctypes.c_int32.from_address(key).value](operands, frame.results.addresses())
