@@ -4,6 +4,7 @@ XLA cannot look into a kernel: under plain `jax.jit` with sharded arrays it woul
 """
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -106,19 +107,18 @@ def _rule(mesh: Mesh, letters: list[str], of_results: list[str], shapes, result_
     H = _size("h", letters, shapes)
     N = _size("n", letters, shapes)
     # an axis that would be cut in two, one part for the heads and one for the group, has no name
-    whole = H and N and all(H % size == 0 for size in mesh.shape.values())
-    heads = {"n": "n"} if not whole or N == H else {"n": CompoundFactor("h", "g")}
-    if whole and N == H:
-        heads = {"n": "h"}
-    sizes = {"g": N // H} if whole and N != H else {}
-    number = iter(range(10**6))
+    together = H and N and all(H % size == 0 for size in mesh.shape.values())
+    sizes = {}
+    factors = {}
+    if together and N == H:
+        factors["n"] = "h"
+    elif together:
+        factors["n"], sizes["g"] = CompoundFactor("h", "g"), N // H
+    number = itertools.count()
 
     def mapping(letters, shape):
-        shared = [
-            heads.get(letter, letter) if letter not in "w." else f"free{next(number)}"
-            for letter in letters.ljust(len(shape), ".")
-        ]
-        return ArrayMapping(*shared)
+        letters = letters.ljust(len(shape), ".")
+        return ArrayMapping(*(f"free{next(number)}" if x in "w." else factors.get(x, x) for x in letters))
 
     return SdyShardingRule(
         tuple(map(mapping, letters, shapes)), tuple(map(mapping, of_results, result_shapes)), **sizes
@@ -146,26 +146,31 @@ def _shardings(mesh: Mesh, letters: list[str], arrays: Sequence[jax.ShapeDtypeSt
         fitting = [names for names in asked if size % math.prod(mesh.shape[name] for name in names) == 0]
         taken[letter] = next((names for names in fitting if not used & set(names)), ())
         if asked and not fitting:
-            _warn_of_uneven("group of heads" if letter == "h" else "row", size, mesh, asked[0])
+            _warn_of_uneven(letter, size, mesh, asked[0])
     taken["n"] = taken.get("h", ())
     for letter, what in _GATHERED.items():
         if letter in proposed:
-            _warn(f"{what}: it is gathered on every device of mesh axis {', '.join(map(repr, proposed[letter][0]))}")
+            _warn(f"{what}, mesh axis {_quoted(proposed[letter][0])}: every device gathers it")
     return [
         NamedSharding(mesh, PartitionSpec(*(taken.get(letter) or None for letter in axes.ljust(x.ndim, "."))))
         for axes, x in zip(letters, arrays, strict=True)
     ]
 
 
-def _warn_of_uneven(what: str, size: int, mesh: Mesh, names: tuple[str, ...]) -> None:
+def _warn_of_uneven(letter: str, size: int, mesh: Mesh, names: tuple[str, ...]) -> None:
+    what, parts = ("heads", "groups of heads") if letter == "h" else ("rows", "rows")
     devices = math.prod(mesh.shape[name] for name in names)
     _warn(
-        f"{what}s are sharded over mesh axis {', '.join(map(repr, names))} of {devices} devices, which {size} {what}s"
-        " cannot be shared among: they are gathered on all of them"
+        f"{what} are sharded over mesh axis {_quoted(names)}, and {size} {parts} cannot be divided among its {devices}"
+        " devices: every device gathers them"
     )
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names))
 
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Warns once."""
+    """Warns once in the life of the process."""
     warnings.warn(f"nsa_jax: {text}", stacklevel=2)
