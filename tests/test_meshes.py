@@ -34,7 +34,7 @@ def test_every_op_stays_where_its_rows_and_heads_are(implementation):
 
 def test_what_cannot_stay_is_gathered_with_a_warning():
     found = facts("gathered")
-    for name, part in {"groups": "groups", "tokens": "tokens"}.items():
+    for name, part in {"groups": "2 groups of heads", "tokens": "sharded over tokens"}.items():
         said, difference = found[name]
         assert len(said) == 1 and part in said[0], said
         assert difference <= 2e-5
