@@ -16,7 +16,7 @@ from nsa_jax.train.step import TrainState, abstract_state, make_train_step
 
 def check_memory(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ValueError for sizes of which a device cannot even hold the state or the logits."""
-    device, logit = mesh.devices.flat[0], 4 * config.model.vocab_size
+    device, logit = mesh.local_devices[0], 4 * config.model.vocab_size
     leaves = jax.tree.leaves(_abstract_state(config, mesh))
     state = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     check_fits("hidden_size, num_layers, num_heads, head_dim: parameters and optimiser take", state, device)
@@ -38,7 +38,7 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> Callable:
         step = make_train_step(config, mesh).lower(state, batch, batch).compile()
     if (sizes := step.memory_analysis()) is not None:
         size = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-        check_fits("batch_size, sequence_length: a step takes", size, mesh.devices.flat[0])
+        check_fits("batch_size, sequence_length: a step takes", size, mesh.local_devices[0])
     return step
 
 
