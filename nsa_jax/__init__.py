@@ -20,6 +20,7 @@ from nsa_jax.block_selection import select_blocks
 from nsa_jax.checkpoint_names import CHECKPOINT_NAMES
 from nsa_jax.compressed_branch import compressed_attention
 from nsa_jax.compression import compress, gather_windows
+from nsa_jax.rows.parallel import zigzag_indices
 from nsa_jax.rows.segments import segment_ids_from_cu_seqlens
 from nsa_jax.selected_branch import selected_attention
 from nsa_jax.sliding_branch import sliding_window_attention
@@ -36,4 +37,5 @@ __all__ = [
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
+    "zigzag_indices",
 ]

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import branches, checks, meshes, reference
+from nsa_jax import branches, checks, context, meshes, reference
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
 from nsa_jax.rows.queries import Row, locate
@@ -37,7 +37,8 @@ def native_sparse_attention(
     max_block_count: int | None = None,
     scale: float | None = None,
     segment_ids: Array | None = None,
-    query_indices: Array | None = None,
+    query_indices: Array | Literal["zigzag"] | None = None,
+    context_axis: str | None = None,
     implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """Causal attention through three gated branches: compressed keys, selected blocks of keys, and a sliding window.
@@ -70,6 +71,12 @@ def native_sparse_attention(
         query_indices: integers [B, Tq], where in its key row each query stands: it sees what the token there would see.
             Any order, repeats allowed; fast where neighbouring queries stand side by side. Outside of 0 .. T - 1: the
             query is padding. None: Tq is T, and query i stands at token i.
+        context_axis: a mesh axis of the enclosing `jax.shard_map` whose devices share the tokens of every row; T counts
+            those of all of them. query, key, value, gates, segment_ids, block_indices and block_counts are of the
+            Tq = T / devices tokens that this device holds, compressed keys and values those of the whole row. Each
+            token stands where query_indices say, each place at most once; None: device i holds the i-th of as many
+            equal runs; "zigzag": those of `zigzag_indices`, faster than the same indices as an array. The result and
+            the gradients are those of the whole row.
         implementation: "triton", "xla" (plain jnp, any device), or None for Triton on an NVIDIA GPU and jnp elsewhere.
 
     Returns:
@@ -80,7 +87,10 @@ def native_sparse_attention(
         ValueError, TypeError: an argument has a wrong shape, value or dtype, or no gate is given.
         ImportError: implementation is "triton", and Triton or jax-triton is not installed.
     """
-    checks.attention_arrays(query, key, value, checks.query_length(query, query_indices))
+    shares = checks.context_axis(context_axis)
+    one_each = None if shares else query_indices  # a query for each token of a share
+    checks.attention_arrays(query, key, value, checks.query_length(query, one_each))
+    length = key.shape[1] * (shares or 1)
     gates = PerBranch(
         *(
             None if gate is None else checks.gate(name, gate, query)
@@ -107,7 +117,7 @@ def native_sparse_attention(
         raise ValueError(f"compressed_{lacking}: expected an array, as compressed_{given} is given, got None")
     num_init_blocks, num_local_blocks = checks.forced_blocks(num_init_blocks, num_local_blocks)
     block_counts = checks.block_counts(block_counts, query, key)
-    num_blocks = -(-key.shape[1] // block_size)
+    num_blocks = -(-length // block_size)
     if max_block_count is None:
         max_block_count = block_counts if isinstance(block_counts, int) else num_blocks
     config = Config(
@@ -121,29 +131,40 @@ def native_sparse_attention(
         max_block_count=min(checks.max_block_count(max_block_count), num_blocks),
     )
     segment_ids = checks.segment_ids(segment_ids, *key.shape[:2])
-    query_indices = checks.query_indices(query_indices, query)
+    query_indices = checks.query_indices(query_indices, query, shares)
     if block_indices is not None:
         block_indices = checks.block_indices(block_indices, query, key)
     if compressed_key is not None:
-        checks.attention_arrays(query, compressed_key, compressed_value, key.shape[1] // stride, prefix="compressed_")
+        checks.attention_arrays(query, compressed_key, compressed_value, length // stride, prefix="compressed_")
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
     if gates.compressed is None and (gates.selected is None or block_indices is not None):
         compressed_key = compressed_value = None
 
     arrays = Arrays(query, key, value, compressed_key, compressed_value)
+    sharing = None
+    if context_axis is not None:
+        sharing = context.Sharing.of(context_axis, query_indices)
+        query_indices = query_indices if sharing.order == "any" else None
     routing = Routing(segment_ids, query_indices, block_indices, checks.as_int32(block_counts))
     leaves, tree = jax.tree.flatten((arrays, gates, routing))
-    attend = functools.partial(_attend, config, checks.resolve_implementation(implementation), tree)
+    attend = functools.partial(_attend, config, checks.resolve_implementation(implementation), sharing, tree)
     return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
 
 
 @one_program
-def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
+def _attend(config: Config, implementation: str, sharing: context.Sharing | None, tree, *leaves: Array) -> Array:
     """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
     arrays, gates, routing = jax.tree.unflatten(tree, leaves)
-    row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
     gates = jax.tree.map(lambda gate: jnp.broadcast_to(gate, arrays.query.shape[:3]), gates)
+    if sharing is not None:
+        return context.attend(functools.partial(_attend_rows, implementation), sharing, config, arrays, gates, routing)
+    return _attend_rows(implementation, config, arrays, gates, routing)
+
+
+def _attend_rows(implementation: str, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
+    """`native_sparse_attention` of checked arguments: keys and values of whole rows, gates [B, Tq, N]."""
+    row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
     if row.packed or row.sliced:
         gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)
     needs_windows = gates.compressed is not None or (gates.selected is not None and routing.block_indices is None)
