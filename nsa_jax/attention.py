@@ -6,9 +6,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import branches, checks, context, meshes, reference
+from nsa_jax import branches, checks, context_attention, meshes, reference
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
+from nsa_jax.context import Sharing
 from nsa_jax.rows.queries import Row, locate
 from nsa_jax.rows.segments import clear_padding
 from nsa_jax.runtime.eager import one_program
@@ -144,7 +145,7 @@ def native_sparse_attention(
     arrays = Arrays(query, key, value, compressed_key, compressed_value)
     sharing = None
     if context_axis is not None:
-        sharing = context.Sharing.of(context_axis, query_indices)
+        sharing = Sharing.of(context_axis, query_indices)
         query_indices = query_indices if sharing.order == "any" else None
     routing = Routing(segment_ids, query_indices, block_indices, checks.as_int32(block_counts))
     leaves, tree = jax.tree.flatten((arrays, gates, routing))
@@ -153,18 +154,20 @@ def native_sparse_attention(
 
 
 @one_program
-def _attend(config: Config, implementation: str, sharing: context.Sharing | None, tree, *leaves: Array) -> Array:
+def _attend(config: Config, implementation: str, sharing: Sharing | None, tree, *leaves: Array) -> Array:
     """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
     arrays, gates, routing = jax.tree.unflatten(tree, leaves)
     gates = jax.tree.map(lambda gate: jnp.broadcast_to(gate, arrays.query.shape[:3]), gates)
     if sharing is not None:
-        return context.attend(functools.partial(_attend_rows, implementation), sharing, config, arrays, gates, routing)
+        op = functools.partial(_attend_rows, implementation)
+        return context_attention.attend(op, sharing, config, arrays, gates, routing)
     return _attend_rows(implementation, config, arrays, gates, routing)
 
 
 def _attend_rows(implementation: str, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
     """`native_sparse_attention` of checked arguments: keys and values of whole rows, gates [B, Tq, N]."""
-    row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
+    places = routing.segment_ids, routing.query_indices
+    row = locate(*places, *arrays.key.shape[:2], ascending=config.ascending)
     if row.packed or row.sliced:
         gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)
     needs_windows = gates.compressed is not None or (gates.selected is not None and routing.block_indices is None)

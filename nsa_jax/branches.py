@@ -9,7 +9,10 @@ Array = jax.Array
 
 
 class Config(NamedTuple):
-    """The static arguments of `native_sparse_attention`; window and stride are those of the compression."""
+    """The static arguments of `native_sparse_attention`; window and stride are those of the compression.
+
+    ascending: whether query indices, if any, are known to ascend, see `rows.queries.locate`.
+    """
 
     scale: float
     block_size: int
@@ -19,6 +22,7 @@ class Config(NamedTuple):
     num_init_blocks: int
     num_local_blocks: int
     max_block_count: int
+    ascending: bool = False
 
 
 class Arrays(NamedTuple):

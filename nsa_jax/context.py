@@ -1,21 +1,16 @@
-"""Attention to rows whose tokens are shared over the devices of a mesh axis (context parallelism).
+"""Rows whose tokens are shared over the devices of a mesh axis (context parallelism): what travels between devices.
 
-Queries stay where they are. Keys and values are gathered over the axis, compressed ones first, so that the raw ones
-travel while the compressed branch and selection work. Their gradients travel back in their own dtype and are summed in
-float32 in the order of the devices, so that the same devices give the same bits. Nothing gathered is kept for the
-backward pass, which gathers anew. Letters as in the package docstring; n devices, t = T / n tokens on each.
+Gradients of what is gathered travel back in their own dtype and are summed in float32 in the order of the devices, so
+that the same devices give the same bits. Letters as in the package docstring; n devices, t = T / n tokens on each.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nsa_jax.branches import Arrays, Config, PerBranch, Routing
-from nsa_jax.checkpoint_names import CHECKPOINT_NAMES
 from nsa_jax.rows.parallel import Order, Shares
 from nsa_jax.runtime.transforms import vary
 
@@ -64,12 +59,36 @@ class Context:
         shares = Shares(count, count * size, order)
         return cls(axis, shares, device, shares.standing(device, batch))
 
-    def gather(self, x: Array, fill: float | int = 0) -> Array:
-        """The row [B, T, ...] of x [B, t, ...]; where no token stands `fill`."""
-        x = vary(x, (self.axis,))
+    def gather(self, x: Array, *, fill: float | int = 0, shares: Shares | None = None) -> Array:
+        """The row [B, T, ...] of x [B, t, ...]; where no token stands `fill`. shares: unless they are the tokens'."""
+        x, shares = vary(x, (self.axis,)), shares or self.shares
         if jnp.issubdtype(x.dtype, jnp.integer):
-            return self.shares.to_row(jax.lax.all_gather(x, self.axis), fill)
-        return _gather(self.axis, fill, x, self.shares)
+            return shares.to_row(jax.lax.all_gather(x, self.axis), fill)
+        return _gather(self.axis, fill, x, shares)
+
+    def followed(self, x: Array, size: int) -> list[Array]:
+        """The pieces of x [B, t, ...], each with the `size` entries that follow it in the row, 0 behind the row's end.
+
+        The order is known, and pieces have no fewer entries than that.
+        """
+        pieces = jnp.split(vary(x, (self.axis,)), self.shares.pieces, axis=1)
+        if size == 0:
+            return pieces
+        heads = [piece[:, :size] for piece in pieces]
+        last, one_on = self.shares.count - 1, [(i, i + 1) for i in range(self.shares.count - 1)]
+        after = [jax.lax.ppermute(heads[0], self.axis, [(i, j) for j, i in one_on])]
+        if self.shares.order == "zigzag":
+            after[0] = jnp.where(self.device == last, heads[1], after[0])  # the row turns around on the last device
+            after.append(jax.lax.ppermute(heads[1], self.axis, one_on))
+        return [jnp.concatenate(both, axis=1) for both in zip(pieces, after, strict=True)]
+
+    def preceded(self, x: Array, size: int) -> Array:
+        """x [B, t, ...] behind the `size` entries before it, 0 before the row's begin; of contiguous shares."""
+        x = vary(x, (self.axis,))
+        if size == 0:
+            return x
+        one_on = [(i, i + 1) for i in range(self.shares.count - 1)]
+        return jnp.concatenate([jax.lax.ppermute(x[:, -size:], self.axis, one_on), x], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -88,31 +107,3 @@ def _gather_backward(axis, fill, shares, cotangent):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
-
-
-def attend(
-    op: Callable, sharing: Sharing, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing
-) -> Array:
-    """`native_sparse_attention` of checked arguments, of this device's tokens: [B, t, N, V].
-
-    Args:
-        op: of config, arrays, gates and routing, whose keys are whole rows.
-        sharing: over which axis, and how.
-        config: of the op.
-        arrays: of this device's tokens; compressed arrays, if any, are of whole rows.
-        gates, routing: of this device's tokens.
-    """
-    query, key, value, *compressed = arrays
-    context = Context.of(sharing, routing.query_indices, *query.shape[:2])
-    segment_ids = routing.segment_ids
-    if segment_ids is not None:
-        segment_ids = context.gather(segment_ids, fill=-1)
-    routing = routing._replace(segment_ids=segment_ids, query_indices=context.places)
-
-    def attend_heads(query, key, value, compressed, gates, routing):
-        key, value = (context.gather(x, fill=jnp.nan) for x in (key, value))
-        return op(config, Arrays(query, key, value, *compressed), gates, routing)
-
-    policy = jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)
-    attend_heads = jax.checkpoint(attend_heads, policy=policy)
-    return attend_heads(query, key, value, compressed, gates, routing)

@@ -66,13 +66,12 @@ def _specs(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -
     of_interval = backends.interval(query, value, config.scale)
     of_selected = backends.selected(query, value, config.scale, config.block_size, window)
     reach = min(config.window_size, key.shape[1])
+    one_each = routing.query_indices is None or config.ascending
     slots = 0 if compressed_key is None else compressed_key.shape[1]
     return _Specs(
         interval.Spec("compressed", config.scale, precision, 0, slots, of_interval),
         selected.Spec(config.block_size, config.scale, precision, window, of_selected),
-        interval.Spec(
-            "sliding", config.scale, precision, reach if routing.query_indices is None else 0, reach, of_interval
-        ),
+        interval.Spec("sliding", config.scale, precision, reach if one_each else 0, reach, of_interval),
     )
 
 
@@ -81,7 +80,8 @@ class _Kernels:
 
     def __init__(self, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing, keep: bool):
         self.config, self.gates, self.routing, self.keep = config, gates, routing, keep
-        self.row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
+        places = routing.segment_ids, routing.query_indices
+        self.row = locate(*places, *arrays.key.shape[:2], ascending=config.ascending)
         self.specs = _specs(config, arrays, gates, routing)
         query, key, value, compressed_key, compressed_value = arrays
         self.query = query
