@@ -37,6 +37,37 @@ def attend(op: Op, sharing: Sharing, config: Config, arrays: Arrays, gates: PerB
         segment_ids = context.gather(segment_ids, fill=-1)
     routing = routing._replace(segment_ids=segment_ids, query_indices=context.places)
 
+    outputs = []
+    # of contiguous shares the window sees its own and the one before, and nobody else needs the rows
+    if gates.selected is None and sharing.order == "contiguous" and 0 < config.window_size <= arrays.key.shape[1] + 1:
+        outputs.append(_attend_near(op, context, config, arrays, PerBranch(sliding=gates.sliding), routing))
+        gates = gates._replace(sliding=None)
+    if any(gate is not None for gate in gates):
+        outputs.append(_attend_rows(op, context, config, arrays, gates, routing))
+    if len(outputs) == 1:
+        return outputs[0]
+    return sum(output.astype(jnp.float32) for output in outputs).astype(arrays.query.dtype)
+
+
+def _attend_near(op: Op, context: Context, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
+    """The sliding branch of contiguous shares, each of which holds all but one of a window's keys: [B, t, N, V]."""
+    batch, size = arrays.key.shape[:2]
+    before = config.window_size - 1
+    key, value = (context.preceded(x, before) for x in (arrays.key, arrays.value))
+    place = context.device * size - before + jnp.arange(before + size, dtype=jnp.int32)
+    if routing.segment_ids is None:
+        ids = jnp.broadcast_to(jnp.where(place >= 0, 0, -1)[None], (batch, before + size))
+    else:
+        ids = jnp.take(
+            routing.segment_ids, jnp.where(place >= 0, place, context.shares.length), axis=1, mode="fill", fill_value=-1
+        )
+    queries = jnp.broadcast_to(before + jnp.arange(size, dtype=jnp.int32), (batch, size))
+    near = Routing(ids, queries, None, routing.block_counts)
+    return op(config, Arrays(arrays.query, key, value, None, None), gates, near)
+
+
+def _attend_rows(op: Op, context: Context, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
+    """As `attend`, with routing of whole rows; some heads after the others."""
     outputs, step = [], _heads_at_a_time(arrays, context.shares.count)
     for first in range(0, arrays.key.shape[2], step):
         part, *others = _of_heads(first, first + step, arrays, gates, routing)
@@ -85,7 +116,12 @@ def _attend_heads(
             if windows.local:  # otherwise the op makes the means of what is gathered anyway
                 key, value = (windows.gather(windows.mean(x)) for x in (arrays.key, arrays.value))
                 arrays = arrays._replace(compressed_key=key, compressed_value=value)
-        key, value = (context.gather(x, fill=jnp.nan) for x in (arrays.key, arrays.value))
+        key, value = arrays.key, arrays.value
+        if gates.selected is None and gates.sliding is None and arrays.compressed_key is not None:
+            # only their shapes are looked at
+            key, value = (jnp.zeros((batch, context.shares.length, *x.shape[2:]), x.dtype) for x in (key, value))
+        else:
+            key, value = (context.gather(x, fill=jnp.nan) for x in (key, value))
         return op(config, arrays._replace(key=key, value=value), gates, routing)
 
     policy = jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)
