@@ -70,9 +70,13 @@ def see(
     H: tl.constexpr,
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
+    FEW: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """sight int8 [B, T, H]: 0 where the interval is empty, 2 if it has an unclean key, else 1. Grid: TILES * H * B."""
+    """sight int8 [B, T, H]: 0 where the interval is empty, 2 if it has an unclean key, else 1. Grid: TILES * H * B.
+
+    Looks at KEYS keys at a time, and only where one of them is unclean again, at FEW at a time for each token.
+    """
     program = tl.program_id(0)
     head = program // TILES % H
     batch = (program // (TILES * H)).to(tl.int64)
@@ -86,8 +90,10 @@ def see(
     last = tl.max(tl.where(sees, end, 0), 0)
     for first in range(tl.min(tl.where(sees, begin, C), 0), last, KEYS):
         key = first + tl.arange(0, KEYS)
-        flag = tl.load(unclean + key, mask=key < last, other=0).to(tl.int32)
-        if tl.max(flag, 0) > 0:
-            within = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
-            found = tl.maximum(found, tl.max(tl.where(within, flag[None, :], 0), 1))
+        if tl.max(tl.load(unclean + key, mask=key < last, other=0).to(tl.int32), 0) > 0:
+            for part in range(first, tl.minimum(first + KEYS, last), FEW):
+                few = part + tl.arange(0, FEW)
+                flag = tl.load(unclean + few, mask=few < last, other=0).to(tl.int32)
+                within = (few[None, :] >= begin[:, None]) & (few[None, :] < end[:, None])
+                found = tl.maximum(found, tl.max(tl.where(within, flag[None, :], 0), 1))
     tl.store(sight + (batch * T + token) * H + head, tl.where(sees, 1 + found, 0).to(tl.int8), mask=inside)

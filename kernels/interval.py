@@ -197,12 +197,13 @@ class _Queries:
 
 @triton.jit
 def _row_lse(tile, queries, shape, ROWS: tl.constexpr):
-    """The lse [ROWS] of query tile number `tile` in base 2, inf for rows that do not count.
+    """The lse [ROWS] of query tile number `tile` in base 2, inf for dead rows.
 
     Where AHEAD, loops load it at the end of the step before: copies of queries then need not wait for it.
     """
     rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
-    return tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf")) * LOG2E
+    row_lse = tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf"))
+    return tl.where(tl.abs(row_lse) < float("inf"), row_lse * LOG2E, float("inf"))
 
 
 @triton.jit
@@ -223,8 +224,8 @@ def _key_gradients(tile, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS
     else:
         q = load_rows(queries.query + rows.base * K, rows.offset * K, live, K, shape.K_PARTS)  # [ROWS, K]
         do = load_rows(queries.d_output + rows.base * V, rows.offset * V, live, V, shape.V_PARTS)  # [ROWS, V]
-    row_delta = tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0)
-    row_weight = tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0)
+    row_delta = tl.where(live, tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0), 0.0)
+    row_weight = tl.where(live, tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0), 0.0)
     score = inner(k, q, shape.K_PARTS, shape.PRECISION)  # [KEYS, ROWS]
     p = tl.exp2(score * (shape.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
     if MASKED:
@@ -246,8 +247,7 @@ def backward_key_value(
     """d_key, d_value [SPLITS, B, C, H, K|V], to be summed. Grid: TILES * SPLITS * H * B.
 
     Each split has a part of the queries. The cotangent of the output is weight * d_output; delta is what
-    `backward_query` gives. Rows with an lse of inf, a delta of 0 and a weight of 0 do not count, whatever their query
-    and cotangent hold: so the caller marks those that see nothing or are not finite.
+    `backward_query` gives. Dead rows, whose lse is not finite, count for nothing, whatever else they hold.
     """
     shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
     program, head, row = _program(TILES * SPLITS, H)

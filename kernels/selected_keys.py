@@ -34,10 +34,13 @@ class Queries:
 
 @triton.jit
 def _gathered(statistics, offset, mask):
-    """Of the rows at `offset`: the lse in base 2, delta and the weight, float32; a masked row has probability 0."""
-    row_lse = tl.load(statistics.lse + offset, mask=mask, other=float("inf")) * LOG2E
+    """Of the rows at `offset`: the lse in base 2, inf where masked or dead, delta and the weight, 0 there; float32."""
+    row_lse = tl.load(statistics.lse + offset, mask=mask, other=float("inf"))
     row_delta = tl.load(statistics.delta + offset, mask=mask, other=0.0)
-    return row_lse, row_delta, tl.load(statistics.weight + offset, mask=mask, other=0.0)
+    row_weight = tl.load(statistics.weight + offset, mask=mask, other=0.0)
+    live = tl.abs(row_lse) < float("inf")
+    row_lse = tl.where(live, row_lse * LOG2E, float("inf"))
+    return row_lse, tl.where(live, row_delta, 0.0), tl.where(live, row_weight, 0.0)
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def _key_gradients(
     """Adds to dk [KEYS, K] (still unscaled) and dv [KEYS, V] what ROWS rows of an item give, from row `begin` on.
 
     The item has `count` rows, (chooser, head of the group) pairs. PLAIN: all rows see all keys, and no window reaches
-    here. A dead row, lse +inf, counts as zeros.
+    here. A dead row counts as zeros.
     """
     G: tl.constexpr = SHAPE.G
     K: tl.constexpr = SHAPE.K
@@ -65,7 +68,8 @@ def _key_gradients(
     row_lse, row_delta, row_weight = _gathered(queries.selected, offset, real)
     alive = row_lse < float("inf")
     if SHAPE.WINDOW > 0 and not PLAIN:
-        alive = alive | (tl.load(queries.sliding.lse + offset, mask=real, other=float("inf")) < float("inf"))
+        near_lse = tl.load(queries.sliding.lse + offset, mask=real, other=float("inf"))
+        alive = alive | (tl.abs(near_lse) < float("inf"))
         # the mask of these loads would take more registers than there are
         q = where(~alive, 0.0, load_rows(queries.query, offset * K, real, K, K_PARTS), K_PARTS)  # [ROWS, K]
         do = where(~alive, 0.0, load_rows(queries.d_output, offset * V, real, V, V_PARTS), V_PARTS)  # [ROWS, V]
@@ -127,8 +131,8 @@ def backward_key_value(
 ):
     """d_key, d_value [B, C, H, K|V] and d_key_more, d_value_more float32 [B, H, MORE, BLOCK, K|V].
 
-    The arrays of items are those of `inverse.Items`. A dead row, one that sees nothing in a branch or something that is
-    not finite, has there lse +inf, delta 0 and weight 0; its query and its cotangent may hold anything.
+    The arrays of items are those of `inverse.Items`. A dead row, one whose lse in a branch is not
+    finite, since it sees nothing there or something that is not finite, may hold anything.
     block_near int32 [B, BLOCKS]: how many queries stand in a block, or behind it so near that their window may reach
     it; queries are sorted by place. Grid: PIECES * PROGRAMS * H * B; a program does one piece of every
     PROGRAMS-th item's block.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nsa_jax.branches import Arrays, Config, PerBranch, Routing
+from nsa_jax.branches import Arrays, Config, PerBranch, Routing, needs_windows
 from nsa_jax.checkpoint_names import CHECKPOINT_NAMES
 from nsa_jax.context import Context, Sharing
 from nsa_jax.context_windows import Windows
@@ -110,8 +110,8 @@ def _attend_heads(
 
     def of_rows(arrays, gates, routing):
         batch, window, stride = arrays.query.shape[0], config.window, config.stride
-        needed = gates.compressed is not None or (gates.selected is not None and routing.block_indices is None)
-        if needed and arrays.compressed_key is None and window <= context.shares.length:
+        pools = needs_windows(config, gates, routing) and arrays.compressed_key is None
+        if pools and window <= context.shares.length:
             windows = Windows(context, routing.segment_ids, batch, window, stride)
             if windows.local:  # otherwise the op makes the means of what is gathered anyway
                 key, value = (windows.gather(windows.mean(x)) for x in (arrays.key, arrays.value))

@@ -13,7 +13,7 @@ from nsa_jax.runtime import launch, transforms
 Array = jax.Array
 
 _ROWS = 32  # of a program that cleans
-_TOKENS, _KEYS = 32, 128  # of a program, a warp, that looks at intervals, and of a step of it
+_TOKENS, _KEYS, _FEW = 128, 1024, 32  # of a program that looks at intervals, see `see`
 
 
 class Cleaned(NamedTuple):
@@ -83,7 +83,7 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
             name="see",
             outputs=(jax.ShapeDtypeStruct((B, T, H), jnp.int8),),
             programs=tiles * H * B,
-            warps=1,
+            warps=4,
             stages=1,
             flops=0,
             T=T,
@@ -91,6 +91,7 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
             H=H,
             TOKENS=_TOKENS,
             KEYS=_KEYS,
+            FEW=_FEW,
             TILES=tiles,
         )
 

@@ -394,7 +394,7 @@ def test_backward_key_value(kernels_of):
     branches = branches_of(kernels, query, key, value, alive_weights)
     _, deltas = kernels.backward_query(query, key, value, d_output, branches)
     rows = [
-        (jnp.where(dead, jnp.inf, lse), jnp.where(dead, 0.0, delta), weight)
+        (jnp.where(nan, jnp.nan, jnp.where(blind, -jnp.inf, lse)), poisoned(delta, dead), poisoned(weight, dead))
         for (_, lse, weight), delta in zip(branches, deltas, strict=True)
     ]
     clean = kernels.backward_key_value(query, key, value, d_output, rows)
