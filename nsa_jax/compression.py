@@ -84,7 +84,6 @@ def _gather_windows(window: int, stride: int, x: Array, segment_ids: Array | Non
     if length < window:
         return jnp.zeros((batch, slots, window, heads, width), x.dtype)
     if segment_ids is not None:
-        x, segment_ids = vary_together((x, segment_ids))
         return take_windows(x, window_starts(layout(segment_ids, batch, length), window, stride), window, stride)
     parts = x[:, : slots * stride].reshape(batch, slots, stride, heads, width)
     return _fill(jnp.concatenate(_shifted(parts, window // stride), axis=2), slots)
@@ -95,7 +94,7 @@ def take_windows(x: Array, starts: Array, window: int, stride: int) -> Array:
 
     Starts ascend in steps of at least `stride`; behind them there is -1 for slots without a window, which get zeros.
     """
-    return _take_windows(x, starts, window, stride, x.shape[1])
+    return _take_windows(*vary_together((x, starts)), window, stride, x.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax.rows.parallel import Order, Shares
-from nsa_jax.runtime.transforms import vary
+from nsa_jax.rows.segments import Layout, layout
+from nsa_jax.runtime.transforms import vary, vary_together
 
 Array = jax.Array
 
@@ -64,7 +65,20 @@ class Context:
         x, shares = vary(x, (self.axis,)), shares or self.shares
         if jnp.issubdtype(x.dtype, jnp.integer):
             return shares.to_row(jax.lax.all_gather(x, self.axis), fill)
-        return _gather(self.axis, fill, x, shares)
+        return _gather(self.axis, fill, *vary_together((x, shares)))
+
+    def row_ids(self, segment_ids: Array | None) -> Array | None:
+        """The segment ids of whole rows, int32 [B, T], of those of this device's tokens."""
+        return None if segment_ids is None else self.gather(segment_ids, fill=-1)
+
+    def rows(self, row_ids: Array | None) -> Layout:
+        """Where the tokens of whole rows stand in their segments."""
+        return layout(row_ids, self.places.shape[0], self.shares.length)
+
+    def tokens(self, row_ids: Array | None) -> Layout:
+        """Where this device's tokens stand in their segments; row_ids: of whole rows."""
+        places = jnp.clip(self.places, 0, self.shares.length - 1)
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, places, axis=1), self.rows(row_ids))
 
     def followed(self, x: Array, size: int) -> list[Array]:
         """The pieces of x [B, t, ...], each with the `size` entries that follow it in the row, 0 behind the row's end.

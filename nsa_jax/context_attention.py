@@ -32,10 +32,7 @@ def attend(op: Op, sharing: Sharing, config: Config, arrays: Arrays, gates: PerB
     """
     context = Context.of(sharing, routing.query_indices, *arrays.query.shape[:2])
     config = config._replace(ascending=sharing.order != "any")
-    segment_ids = routing.segment_ids
-    if segment_ids is not None:
-        segment_ids = context.gather(segment_ids, fill=-1)
-    routing = routing._replace(segment_ids=segment_ids, query_indices=context.places)
+    routing = routing._replace(segment_ids=context.row_ids(routing.segment_ids), query_indices=context.places)
 
     outputs = []
     # of contiguous shares the window sees its own and the one before, and nobody else needs the rows
@@ -110,8 +107,7 @@ def _attend_heads(
 
     def of_rows(arrays, gates, routing):
         batch, window, stride = arrays.query.shape[0], config.window, config.stride
-        pools = needs_windows(config, gates, routing) and arrays.compressed_key is None
-        if pools and window <= context.shares.length:
+        if needs_windows(config, gates, routing) and arrays.compressed_key is None:
             windows = Windows(context, routing.segment_ids, batch, window, stride)
             if windows.local:  # otherwise the op makes the means of what is gathered anyway
                 key, value = (windows.gather(windows.mean(x)) for x in (arrays.key, arrays.value))

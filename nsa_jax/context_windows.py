@@ -34,6 +34,7 @@ class Windows:
         self.context, self.window, self.stride = context, window, stride
         self.packed, self.slots = segment_ids is not None, shares.length // stride
         starts = window_starts(layout(segment_ids, batch, shares.length), window, stride)  # [B, C]
+        starts = jnp.pad(starts, ((0, 0), (0, max(0, 1 - self.slots))), constant_values=-1)
         self.starts = vary(starts, (context.axis,))
         piece = shares.length // (shares.count * shares.pieces) if shares.pieces else 0
         self.local = piece >= window
@@ -47,7 +48,7 @@ class Windows:
             self._places = [self._of_slots(self._first[:, i], self._first[:, i + 1], self._most) for i in numbers]
             self._begins = [jnp.where(at >= 0, at - i * piece, -1) for at, i in zip(self._places, numbers, strict=True)]
         else:
-            most = -(-self.slots // shares.count)
+            most = max(1, -(-self.slots // shares.count))
             first = jnp.broadcast_to(context.device * most, (batch,))
             self._places = [self._of_slots(first, jnp.minimum(first + most, self.slots), most)]
         self.places = jnp.concatenate(self._places, axis=1)
@@ -55,7 +56,7 @@ class Windows:
     def _of_slots(self, first: Array, end: Array, most: int) -> Array:
         """int32 [B, most]: the starts of the slots from first to end, int32 [B], -1 behind them."""
         slot = first[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
-        start = jnp.take_along_axis(self.starts, jnp.minimum(slot, self.slots - 1), axis=1)
+        start = jnp.take_along_axis(self.starts, jnp.minimum(slot, self.starts.shape[1] - 1), axis=1)
         return jnp.where(slot < end[:, None], start, -1)
 
     def take(self, x: Array) -> Array:

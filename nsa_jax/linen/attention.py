@@ -1,11 +1,15 @@
 """The attention layer: projections, rotary positions, compression, three branches, gates."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 import nsa_jax
 from nsa_jax import checks
+from nsa_jax.context import Context, Sharing
+from nsa_jax.context_windows import Windows
 from nsa_jax.linen.compression import MLPCompression
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
 from nsa_jax.linen.rope import rotate
@@ -37,6 +41,10 @@ class NativeSparseAttention(Projections):
         branches: those in use.
         separate_keys: whether each branch has keys and values of its own (the paper's) or all share them.
         implementation: "triton", "xla", or None to choose by device.
+        context_axis: a mesh axis of the enclosing `jax.shard_map` whose devices share the tokens of every row, see
+            `native_sparse_attention`; `init` needs none and takes no notice of it.
+        context_order: which tokens a device holds unless query_indices say so: None for the i-th of equal runs, or
+            "zigzag" for those of `zigzag_indices`.
 
     Source: Yuan et al. 2025, arXiv 2502.11089, section 3.
     """
@@ -52,14 +60,18 @@ class NativeSparseAttention(Projections):
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
     implementation: str | None = None
+    context_axis: str | None = None
+    context_order: str | None = None
 
     @nn.compact
-    def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
+    def __call__(self, x: Array, segment_ids: Array | None = None, query_indices: Array | None = None) -> Array:
         """The layer's output.
 
         Args:
             x: [B, T, features].
             segment_ids: integers [B, T], or None for one segment per row; negative is padding.
+            query_indices: integers [B, T], where in their whole rows the tokens stand that this device holds; needs a
+                context_axis. None: as context_order says.
 
         Returns:
             [B, T, out_features]; on padding the bias of the last projection, 0 without one.
@@ -68,7 +80,12 @@ class NativeSparseAttention(Projections):
             ValueError, TypeError: a field is out of range or contradicts another, or x or segment_ids has a wrong shape
                 or dtype.
         """
+        context, where = self._context(x, query_indices)
         segment_ids, tokens = self.positions(x, segment_ids)
+        row_ids = segment_ids
+        if context is not None:
+            row_ids = context.row_ids(segment_ids)
+            tokens = context.tokens(row_ids)
         features = x.shape[-1]
         kv_heads, width, value_width = self.widths(features)
         branches = self._branches_in_use()
@@ -89,11 +106,26 @@ class NativeSparseAttention(Projections):
 
         compressed = None, None
         source = next((branch for branch in ("compressed", "selected") if branch in branches), None)
-        if source is not None:
-            compressed = self._compress(keys[source], rotated[source], values[source], tokens, segment_ids)
-        attend = self._attend_separate if self.separate_keys else self._attend_shared
-        output = attend(query, rotated, values, *compressed, gates, segment_ids)
+        if source is not None and (self.separate_keys or self.compression != "mean"):  # else the op's own mean will do
+            compressed = self._compress(keys[source], rotated[source], values[source], tokens, row_ids, context)
+        output = self._attend(query, rotated, values, *compressed, gates, segment_ids, context, where)
         return self.project_out(features)(output)
+
+    def _context(self, x: Array, query_indices: Array | None) -> tuple[Context | None, Array | str | None]:
+        """The Context of rows that devices share, and what the op is told of the places of the tokens."""
+        if self.context_axis is None:
+            for name, value in (("query_indices", query_indices), ("context_order", self.context_order)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None, as context_axis is None, got {type(value).__name__}")
+        if self.context_order not in (None, "zigzag"):
+            raise ValueError(f"context_order: expected None or 'zigzag', got {self.context_order!r}")
+        if self.context_axis is None or self.is_initializing():
+            return None, None
+        batch, size, _ = checks.features("x", x)
+        shares = checks.context_axis(self.context_axis)
+        where = checks.query_indices(self.context_order if query_indices is None else query_indices, x, shares)
+        sharing = Sharing.of(self.context_axis, where)
+        return Context.of(sharing, where if sharing.order == "any" else None, batch, size), where
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -123,21 +155,28 @@ class NativeSparseAttention(Projections):
     def _rotate(self, x: Array, position: Array) -> Array:
         return x if self.rope_theta is None else rotate(x, position, theta=self.rope_theta)
 
-    def _compress(self, key, rotated, value, tokens, segment_ids) -> tuple[Array, Array]:
-        """Compressed keys and values [B, T // d, H, D], of keys before and after rotation and of values."""
+    def _compress(self, key, rotated, value, tokens, row_ids, context) -> tuple[Array, Array]:
+        """Compressed keys and values [B, C, H, D] of whole rows, of keys before and after rotation and of values."""
         sizes = self._sizes
+        if context is None:
+            start, rows = window_starts(tokens, **sizes), tokens
+            take = functools.partial(nsa_jax.gather_windows, **sizes, segment_ids=row_ids)
+            mean = functools.partial(nsa_jax.compress, **sizes, segment_ids=row_ids)
+        else:  # each device makes some of the windows
+            windows = Windows(context, row_ids, key.shape[0], **sizes)
+            start, rows, take, mean = windows.places, context.rows(row_ids), windows.take, windows.mean
         if self.compression == "mean":
-            return tuple(nsa_jax.compress(x, **sizes, segment_ids=segment_ids) for x in (rotated, value))
-        start = window_starts(tokens, **sizes)  # [B, C]
-        windows = (nsa_jax.gather_windows(x, **sizes, segment_ids=segment_ids) for x in (key, value))
-        maps = (self._map("compress_key"), self._map("compress_value"))
-        key, value = (
-            jnp.where((start >= 0)[:, :, None, None], phi(x), jnp.zeros((), x.dtype))  # phi(0) need not be 0
-            for phi, x in zip(maps, windows, strict=True)
-        )
-        last = jnp.maximum(start, 0) + sizes["window"] - 1
-        position = jnp.take_along_axis(tokens.position, jnp.minimum(last, tokens.position.shape[1] - 1), axis=1)
-        return self._rotate(key, position), value
+            made = mean(rotated), mean(value)
+        else:
+            maps = (self._map("compress_key"), self._map("compress_value"))
+            key, value = (
+                jnp.where((start >= 0)[:, :, None, None], phi(take(x)), jnp.zeros((), x.dtype))  # phi(0) need not be 0
+                for phi, x in zip(maps, (key, value), strict=True)
+            )
+            last = jnp.maximum(start, 0) + sizes["window"] - 1
+            position = jnp.take_along_axis(rows.position, jnp.minimum(last, rows.position.shape[1] - 1), axis=1)
+            made = self._rotate(key, position), value
+        return made if context is None else tuple(windows.gather(x) for x in made)
 
     def _map(self, name: str) -> nn.Module:
         if isinstance(self.compression, nn.Module):
@@ -152,51 +191,36 @@ class NativeSparseAttention(Projections):
             )
         raise ValueError(f"compression: expected 'mean', 'mlp' or a linen module, got {self.compression!r}")
 
-    def _attend_shared(self, query, keys, values, compressed_key, compressed_value, gates, segment_ids) -> Array:
-        any_branch = next(iter(keys))
-        return nsa_jax.native_sparse_attention(
-            query,
-            keys[any_branch],
-            values[any_branch],
-            **{f"{branch}_gate": gate for branch, gate in gates.items()},
-            block_counts=self.block_counts,
-            block_size=self.block_size,
-            window_size=self.window_size,
-            compression_window=self.compression_window,
-            compression_stride=self.compression_stride,
-            compressed_key=compressed_key,
-            compressed_value=compressed_value,
-            num_init_blocks=self.num_init_blocks,
-            num_local_blocks=self.num_local_blocks,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
-
-    def _attend_separate(self, query, keys, values, compressed_key, compressed_value, gates, segment_ids) -> Array:
-        common = {"segment_ids": segment_ids, "implementation": self.implementation}
-        sizes = self._sizes
-        outputs = {}
-        if compressed_key is not None:
-            outputs["compressed"], lse = nsa_jax.compressed_attention(
-                query, compressed_key, compressed_value, **sizes, **common, return_residual=True
-            )
-        if "selected" in gates:
-            block_indices = nsa_jax.select_blocks(
+    def _attend(
+        self, query, keys, values, compressed_key, compressed_value, gates, segment_ids, context, where
+    ) -> Array:
+        """[B, T, N, V]: the branches that share keys in one call."""
+        calls = [list(gates)]
+        if self.separate_keys:
+            calls = [
+                [branch for branch in gates if branch != "sliding"],
+                [branch for branch in gates if branch == "sliding"],
+            ]
+        return sum(
+            nsa_jax.native_sparse_attention(
                 query,
-                compressed_key,
-                lse,
+                keys[branches[-1]],  # the compressed branch has keys of its own
+                values[branches[-1]],
+                **{f"{branch}_gate": gates[branch] for branch in branches},
                 block_counts=self.block_counts,
                 block_size=self.block_size,
+                window_size=self.window_size,
+                compression_window=self.compression_window,
+                compression_stride=self.compression_stride,
+                compressed_key=compressed_key,
+                compressed_value=compressed_value,
                 num_init_blocks=self.num_init_blocks,
                 num_local_blocks=self.num_local_blocks,
-                **sizes,
-                **common,
+                segment_ids=segment_ids,
+                query_indices=where,
+                context_axis=None if context is None else context.axis,
+                implementation=self.implementation,
             )
-            outputs["selected"] = nsa_jax.selected_attention(
-                query, keys["selected"], values["selected"], block_indices, block_size=self.block_size, **common
-            )
-        if "sliding" in gates:
-            outputs["sliding"] = nsa_jax.sliding_window_attention(
-                query, keys["sliding"], values["sliding"], window_size=self.window_size, **common
-            )
-        return sum(gate[..., None] * outputs[branch] for branch, gate in gates.items())
+            for branches in calls
+            if branches
+        )

@@ -39,8 +39,11 @@ class NSATransformer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, segment_ids: Array | None = None) -> Array:
-        """tokens int32 [B, T], segment_ids int32 [B, T] or None -> logits float32 [B, T, vocab_size]."""
+    def __call__(self, tokens: Array, segment_ids: Array | None = None, query_indices: Array | None = None) -> Array:
+        """tokens int32 [B, T], segment_ids int32 [B, T] or None -> logits float32 [B, T, vocab_size].
+
+        query_indices: int32 [B, T] or None, see `NativeSparseAttention`.
+        """
         config = self.config
         checks.segment_ids(segment_ids, *checks.token_ids("tokens", tokens))
         embed = nn.Embed(
@@ -60,7 +63,7 @@ class NSATransformer(nn.Module):
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(config, name="layers")(_look_up(embed, tokens), segment_ids)
+        x, _ = layers(config, name="layers")(_look_up(embed, tokens), segment_ids, query_indices)
         x = _norm(config, "norm")(x)
         if config.tie_embeddings:
             return embed.attend(x).astype(jnp.float32)
@@ -78,14 +81,15 @@ def _look_up(embed: nn.Embed, tokens: Array) -> Array:
 
 
 class Layer(nn.Module):
-    """One layer, in the form that `nn.scan` wants: (x, segment_ids) -> (x, None)."""
+    """One layer, in the form that `nn.scan` wants: (x, segment_ids, query_indices) -> (x, None)."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, segment_ids: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, segment_ids: Array | None, query_indices: Array | None = None) -> tuple[Array, None]:
         config = self.config
-        x = x + _attention(config)(_norm(config, "attention_norm")(x), segment_ids)
+        places = () if query_indices is None else (query_indices,)  # dense attention takes none
+        x = x + _attention(config)(_norm(config, "attention_norm")(x), segment_ids, *places)
         return x + SwiGLU(config, name="mlp")(_norm(config, "mlp_norm")(x)), None
 
 
