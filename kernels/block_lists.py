@@ -6,16 +6,16 @@ import triton
 import triton.language as tl
 
 NOWHERE = tl.constexpr(2**31 - 1)  # stands for "no block"
-SHARED = tl.constexpr(1 << 30)  # of a member, in pairs of tiles: both want the block, at the same step
+SHARED = tl.constexpr(1 << 30)  # bit of a member: both tiles of a pair want the block, at the same step
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WalkShape:
     """The shape of `walk` and `walk_in_pairs`, where a tile is a pair of tiles.
 
     Attributes:
         T: queries.
-        H: key heads.
+        H: kv heads.
         S: blocks that a query wants at most, of which it may have selected the first CHOSEN.
         BLOCK: keys of a block.
         WINDOW: keys of the sliding window; 0 for none.
@@ -42,7 +42,7 @@ class WalkShape:
 
     @property
     def ENTRIES(self) -> int:
-        """Of a tile's walk."""
+        """The most blocks of a tile's walk."""
         return self.TOKENS * self.S
 
     @property

@@ -1,4 +1,6 @@
-"""Keys and values made safe to multiply with: rows that are not finite become 0, and it is told who sees them."""
+"""Keys and values made safe to multiply with: rows that are not finite become 0, and `see` tells who sees them."""
+
+import dataclasses
 
 import triton
 import triton.language as tl
@@ -6,8 +8,53 @@ import triton.language as tl
 from .tiles import load_rows, store_rows
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanShape:
+    """The sizes of `clean`.
+
+    Attributes:
+        COUNT: keys in all, B * C * H.
+        C, H, K, V: as in `Shape`.
+        K_PARTS, V_PARTS: powers of two into which the widths are cut, see tiles.py.
+        ROWS: keys of a tile.
+        WITH_KEY: whether clean keys are written, too.
+    """
+
+    COUNT: int
+    C: int
+    H: int
+    K: int
+    V: int
+    K_PARTS: tuple[int, ...]
+    V_PARTS: tuple[int, ...]
+    ROWS: int
+    WITH_KEY: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeeShape:
+    """The sizes of `see`.
+
+    Attributes:
+        T, C, H: as in `Shape`.
+        TOKENS: of a tile.
+        KEYS, FEW: of a step, see `see`.
+    """
+
+    T: int
+    C: int
+    H: int
+    TOKENS: int
+    KEYS: int
+    FEW: int
+
+    @property
+    def TILES(self) -> int:
+        return -(-self.T // self.TOKENS)
+
+
 @triton.jit
-def _finite(tiles, PARTS: tl.constexpr):
+def finite_rows(tiles, PARTS: tl.constexpr):
     """[M]: 1 where the row of a tuple of [M, PARTS[i]] tiles is finite, else 0."""
     finite = tl.min((tl.abs(tiles[0]) < float("inf")).to(tl.int32), 1)
     for i in tl.static_range(1, len(PARTS)):
@@ -16,7 +63,7 @@ def _finite(tiles, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _kept(tiles, finite, PARTS: tl.constexpr):
+def keep_rows(tiles, finite, PARTS: tl.constexpr):
     """The tiles with 0 in the rows that are not finite."""
     kept = ()
     for i in tl.static_range(len(PARTS)):
@@ -25,58 +72,46 @@ def _kept(tiles, finite, PARTS: tl.constexpr):
 
 
 @triton.jit
-def clean(
-    key,
-    value,
-    clean_key,
-    clean_value,
-    unclean,
-    COUNT: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    WITH_KEY: tl.constexpr,
-    ROWS: tl.constexpr,
-    K_PARTS: tl.constexpr,
-    V_PARTS: tl.constexpr,
-):
-    """Of keys and values [COUNT, K|V] the clean ones, and unclean int8 [B, H, C], 1 where one is not finite.
+def clean(key, value, clean_key, clean_value, unclean, SHAPE: tl.constexpr):
+    """Clean keys and values [COUNT, K|V], and unclean int8 [B, H, C], 1 where the key or the value is not finite.
 
-    Without WITH_KEY clean keys are not written. Grid: cdiv(COUNT, ROWS).
+    SHAPE is a `CleanShape`. Grid: cdiv(COUNT, ROWS).
     """
+    C: tl.constexpr = SHAPE.C
+    H: tl.constexpr = SHAPE.H
+    K: tl.constexpr = SHAPE.K
+    V: tl.constexpr = SHAPE.V
+    ROWS: tl.constexpr = SHAPE.ROWS
+    K_PARTS: tl.constexpr = SHAPE.K_PARTS
+    V_PARTS: tl.constexpr = SHAPE.V_PARTS
     first = tl.program_id(0).to(tl.int64) * ROWS
     local = tl.arange(0, ROWS)
-    inside = first + local < COUNT
+    inside = first + local < SHAPE.COUNT
     k = load_rows(key + first * K, local * K, inside, K, K_PARTS)  # [ROWS, K]
     v = load_rows(value + first * V, local * V, inside, V, V_PARTS)  # [ROWS, V]
-    finite = tl.minimum(_finite(k, K_PARTS), _finite(v, V_PARTS))
-    if WITH_KEY:
-        store_rows(clean_key + first * K, local * K, _kept(k, finite, K_PARTS), inside, K, K_PARTS)
-    store_rows(clean_value + first * V, local * V, _kept(v, finite, V_PARTS), inside, V, V_PARTS)
+    finite = tl.minimum(finite_rows(k, K_PARTS), finite_rows(v, V_PARTS))
+    if SHAPE.WITH_KEY:
+        store_rows(clean_key + first * K, local * K, keep_rows(k, finite, K_PARTS), inside, K, K_PARTS)
+    store_rows(clean_value + first * V, local * V, keep_rows(v, finite, V_PARTS), inside, V, V_PARTS)
     number = first + local
     at = (number // (C * H) * H + number % H) * C + number // H % C
     tl.store(unclean + at, (1 - finite).to(tl.int8), mask=inside)
 
 
 @triton.jit
-def see(
-    key_begin,
-    key_end,
-    unclean,
-    sight,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    TOKENS: tl.constexpr,
-    KEYS: tl.constexpr,
-    FEW: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """sight int8 [B, T, H]: 0 where the interval is empty, 2 if it has an unclean key, else 1. Grid: TILES * H * B.
+def see(key_begin, key_end, unclean, sight, SHAPE: tl.constexpr):
+    """sight int8 [B, T, H]: 0 where the interval is empty, 2 if it has an unclean key, else 1.
 
     Looks at KEYS keys at a time, and only where one of them is unclean again, at FEW at a time for each token.
+    SHAPE is a `SeeShape`. Grid: TILES * H * B.
     """
+    T: tl.constexpr = SHAPE.T
+    C: tl.constexpr = SHAPE.C
+    H: tl.constexpr = SHAPE.H
+    TOKENS: tl.constexpr = SHAPE.TOKENS
+    KEYS: tl.constexpr = SHAPE.KEYS
+    FEW: tl.constexpr = SHAPE.FEW
+    TILES: tl.constexpr = SHAPE.TILES
     program = tl.program_id(0)
     head = program // TILES % H
     batch = (program // (TILES * H)).to(tl.int64)

@@ -12,7 +12,7 @@ from nsa_jax.compression import compress
 from nsa_jax.context import Sharing
 from nsa_jax.rows.queries import Row, locate
 from nsa_jax.rows.segments import clear_padding
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
 
@@ -92,20 +92,7 @@ def native_sparse_attention(
     one_each = None if shares else query_indices  # a query for each token of a share
     checks.attention_arrays(query, key, value, checks.query_length(query, one_each))
     length = key.shape[1] * (shares or 1)
-    gates = PerBranch(
-        *(
-            None if gate is None else checks.gate(name, gate, query)
-            for name, gate in (
-                ("compressed_gate", compressed_gate),
-                ("selected_gate", selected_gate),
-                ("sliding_gate", sliding_gate),
-            )
-        )
-    )
-    if all(gate is None for gate in gates):
-        raise ValueError(
-            "compressed_gate, selected_gate, sliding_gate: expected at least one gate, got None for all three"
-        )
+    gates = checked_gates(query, compressed_gate, selected_gate, sliding_gate)
     block_size = checks.block_size(block_size)
     window, stride = checks.windows(
         block_size if compression_window is None else compression_window,
@@ -154,7 +141,18 @@ def native_sparse_attention(
     return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
 
 
-@one_program
+def checked_gates(query: Array, compressed: Array | float | None, selected, sliding) -> PerBranch:
+    """The gates that are given, of which there must be one."""
+    gates = PerBranch(compressed, selected, sliding)
+    if all(gate is None for gate in gates):
+        raise ValueError(
+            "compressed_gate, selected_gate, sliding_gate: expected at least one gate, got None for all three"
+        )
+    named = zip(PerBranch._fields, gates, strict=True)
+    return PerBranch(*(None if gate is None else checks.gate(f"{name}_gate", gate, query) for name, gate in named))
+
+
+@one_program_each
 def _attend(config: Config, implementation: str, sharing: Sharing | None, tree, *leaves: Array) -> Array:
     """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
     arrays, gates, routing = jax.tree.unflatten(tree, leaves)

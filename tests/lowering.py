@@ -110,6 +110,27 @@ def native_in_one_pass(K, V):
     return native(K, V, window_size=BLOCK)
 
 
+def decode(K, V):
+    from nsa_jax.branches import Config, PerBranch
+    from nsa_jax.gpu import decode
+
+    rows, page_size = 2, 4 * BLOCK
+    config = Config(K**-0.5, BLOCK, 512, 32, 16, 1, 2, 16)
+
+    def function(query, key, value, compressed_key, compressed_value, page_indices, start, count, *gates):
+        arrays = query, key, value, compressed_key, compressed_value, page_indices, start, count
+        return decode.attend(config, *arrays, PerBranch(*gates), 16)
+
+    def pool(size, width):
+        return struct(rows * T // page_size, size, H, width)
+
+    integers = struct(rows, T // page_size, dtype=jnp.int32), *[struct(rows, dtype=jnp.int32)] * 2
+    return function, (
+        struct(rows, 4, N, K), pool(page_size, K), pool(page_size, V), pool(page_size // 16, K),
+        pool(page_size // 16, V), *integers, *[struct(rows, 4, N)] * 3,
+    )  # fmt: skip
+
+
 # name -> (K, V) -> (function of arrays, their shapes and dtypes); gradients are taken where the output is a float
 OPS = {
     "sliding_window_attention": sliding,
@@ -117,7 +138,9 @@ OPS = {
     "select_blocks": selection,
     "native_sparse_attention": native,
     "native_sparse_attention, short window": native_in_one_pass,
+    "decode": decode,
 }
+WITHOUT_GRADIENT = {"decode"}
 
 
 def with_gradients(function):
@@ -214,9 +237,10 @@ def compiled(folder: pathlib.Path) -> list[dict]:
     return facts
 
 
-def facts_about(function, arrays) -> dict:
-    export(function, arrays)  # without gradients a kernel may write less
-    exported = export(with_gradients(function), arrays)
+def facts_about(function, arrays, differentiable: bool) -> dict:
+    exported = export(function, arrays)  # without gradients a kernel may write less
+    if differentiable:
+        exported = export(with_gradients(function), arrays)
     restored = jax.export.deserialize(exported.serialize())
     again = export(restored.call, arrays)
     return {
@@ -232,7 +256,11 @@ def facts_about(function, arrays) -> dict:
 def main(capability: int, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"NSA_JAX_COMPUTE_CAPABILITY": str(capability), "JAX_TRITON_DUMP_DIR": folder}
-        ops = {f"{name} {K}/{V}": facts_about(*OPS[name](K, V)) for name in names or OPS for K, V in WIDTHS}
+        ops = {
+            f"{name} {K}/{V}": facts_about(*OPS[name](K, V), name not in WITHOUT_GRADIENT)
+            for name in names or OPS
+            for K, V in WIDTHS
+        }
         print(json.dumps({"ops": ops, "compiled": compiled(pathlib.Path(folder))}))
 
 

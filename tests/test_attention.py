@@ -26,7 +26,8 @@ from cases import (
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
-from nsa_jax import native_sparse_attention, tiling
+from nsa_jax import native_sparse_attention
+from nsa_jax.gpu import selected
 
 GATES = ("compressed", "selected", "sliding")
 DRAWN = "drawn"  # stands for random integers
@@ -91,7 +92,7 @@ def test_matches_reference(case):
 
 
 def test_one_pass_equals_two(monkeypatch):
-    T, window_size, asked = 30, 17, []
+    T, window_size, asked = 46, 17, []  # of three blocks two are selected
 
     def never(*sizes):
         asked.append(sizes)
@@ -99,9 +100,9 @@ def test_one_pass_equals_two(monkeypatch):
 
     arrays, cotangent = drawn(1, 1, T, 2, 1, 16, 8, ("selected", "sliding")), normal(9, 1, T, 2, 8)
     options = {"block_size": 16, "block_counts": 2, "segment_ids": packing(T)[:1], "window_size": window_size}
-    assert tiling.selected_does_sliding(window_size, 16)
+    assert selected.does_sliding(window_size, 16)
     one, expected = both(arrays, cotangent, **options)
-    monkeypatch.setattr(tiling, "selected_does_sliding", never)
+    monkeypatch.setattr(selected, "does_sliding", never)
     two = value_and_gradients(attention("triton", **options), arrays, cotangent)
     assert (window_size, 16) in asked
     assert_close(one, expected)

@@ -288,7 +288,7 @@ def test_layer(order, separate_keys):
         given = where if order == "any" else None
 
         def loss(params):
-            output = layer.apply(params, x[..., :12], ids, given)
+            output = layer.apply(params, x[..., :12], ids, query_indices=given)
             return jnp.sum(output * x[..., 12:]), output
 
         (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -397,4 +397,4 @@ def test_bad_arguments_outside_of_shard_map():
 def test_bad_fields(fields, arguments, message):
     layer = NativeSparseAttention(num_heads=1, head_dim=8, **fields)
     with pytest.raises(ValueError, match=message):
-        layer.init(jax.random.key(0), normal(0, 1, 32, 8), None, *arguments)
+        layer.init(jax.random.key(0), normal(0, 1, 32, 8), None, query_indices=arguments[0] if arguments else None)

@@ -12,20 +12,23 @@ SELECTED = {f"nsa_selected_{part}" for part in (*PASSES, "walk", "combine")}
 SELECTION = {"nsa_select_blocks"}
 COMPRESSED, SLIDING = ({f"nsa_{branch}_{part}" for part in PASSES} for branch in ("compressed", "sliding"))
 CLEANING = {"nsa_clean", "nsa_see"}
+DECODE = {f"nsa_decode_{part}" for part in ("compressed", "select_blocks", "near", "combine")}
 NAMES = {
     "sliding_window_attention": SLIDING | CLEANING,
     "compressed_attention": COMPRESSED | CLEANING,
     "select_blocks": SELECTION,
     "native_sparse_attention": COMPRESSED | SELECTION | SELECTED | SLIDING | CLEANING,
+    "decode": DECODE,
     "native_sparse_attention, short window": COMPRESSED | SELECTION | SELECTED | CLEANING,
 }
 
 
-# native_sparse_attention has every kernel there is, so the ops by themselves need one architecture
+# native_sparse_attention has every kernel of training, so the ops by themselves need one architecture
 @pytest.mark.parametrize(
     ("capability", "names"),
     [(90, [name for name in lowering.OPS if name != "native_sparse_attention"])]
-    + [(capability, ["native_sparse_attention"]) for capability in (80, 89, 90, 100, 120)],
+    + [(capability, ["native_sparse_attention"]) for capability in (80, 89, 90, 100, 120)]
+    + [(capability, ["decode"]) for capability in (80, 89, 100, 120)],
 )
 def test_forward_and_backward_compile(capability, names):
     facts = json.loads(lowering.script("lowering.py", str(capability), *names))

@@ -24,7 +24,7 @@ from .rows import LOG2E, as_columns, as_rows, product_layout
 WARPS = gl.constexpr(4)
 KEYS = gl.constexpr(64)
 ROWS = gl.constexpr(64)
-STATISTICS = gl.constexpr(3)  # of a row: lse in base 2, delta, weight
+STATISTICS = gl.constexpr(3)  # a row's lse in base 2, delta and weight
 SCORES = gl.constexpr(product_layout(64))
 KEY = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 ROW = gl.constexpr(gl.SliceLayout(0, SCORES.value))
@@ -109,8 +109,9 @@ class RowRing(Ring):
 
 
 @gluon.jit
-def allocate(query, key, value, d_output, shape, STAGES: gl.constexpr):
+def allocate(query, key, value, d_output, shape):
     """The `KeyTile` and the `RowRing` of a program."""
+    STAGES: gl.constexpr = shape.STAGES
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys = gl.allocate_shared_memory(key.dtype, [1, KEYS, shape.K], key.layout)
     values = gl.allocate_shared_memory(value.dtype, [1, KEYS, shape.V], value.layout)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import branches, tiling
+from nsa_jax import branches
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import backends, block_selection, interval, selected
@@ -57,7 +57,7 @@ def _attend(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) 
 def _in_one_pass(config: Config, gates: PerBranch) -> bool:
     """Whether the selected branch's kernels do the sliding branch too."""
     both = gates.selected is not None and gates.sliding is not None
-    return both and not config.selects_all and tiling.selected_does_sliding(config.window_size, config.block_size)
+    return both and not config.selects_all and selected.does_sliding(config.window_size, config.block_size)
 
 
 def _specs(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> _Specs:

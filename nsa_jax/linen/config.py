@@ -2,7 +2,7 @@
 
 import dataclasses
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -42,7 +42,7 @@ class TransformerConfig:
     num_kv_heads: int
     head_dim: int
     mlp_size: int | None = None
-    attention: str = "nsa"
+    attention: Literal["nsa", "dense"] = "nsa"
     block_size: int = 64
     block_counts: int = 16
     window_size: int = 512
@@ -53,9 +53,9 @@ class TransformerConfig:
     num_local_blocks: int = 2
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
-    implementation: str | None = None
+    implementation: Literal["triton", "xla"] | None = None
     context_axis: str | None = None
-    context_order: str | None = None
+    context_order: Literal["zigzag"] | None = None
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False

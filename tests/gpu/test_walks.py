@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import packing
 
-from nsa_jax import tiling
+from nsa_jax.gpu import walks as walks_module
 from nsa_jax.gpu.inverse import Items, invert, more_items
 from nsa_jax.gpu.walks import NOWHERE, Walks, choose, walks, walks_in_pairs
 from nsa_jax.rows.blocks import Blocks, blocks
@@ -98,7 +98,7 @@ WALKS = [
 def made_long(request, monkeypatch):
     """Makes a choice one of a row so long, or of so many entries, that walks are sorted in that way."""
     if request.param == "by XLA":
-        monkeypatch.setattr(tiling, "WALK_SORTS", 0)
+        monkeypatch.setattr(walks_module, "MOST_SORTED", 0)
 
     def made(choice):
         if request.param != "in 64 bits":
