@@ -22,6 +22,7 @@ from nsa_jax.compressed_branch import compressed_attention
 from nsa_jax.compression import compress, gather_windows
 from nsa_jax.decode import cached_attention, extend_cache, init_cache
 from nsa_jax.rows.cache import KVCache
+from nsa_jax.rows.parallel import zigzag_indices
 from nsa_jax.rows.segments import segment_ids_from_cu_seqlens
 from nsa_jax.selected_branch import selected_attention
 from nsa_jax.sliding_branch import sliding_window_attention
@@ -42,4 +43,5 @@ __all__ = [
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
+    "zigzag_indices",
 ]

@@ -6,9 +6,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import branches, checks, meshes, reference
+from nsa_jax import branches, checks, context_attention, meshes, reference
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
+from nsa_jax.context import Sharing
 from nsa_jax.rows.queries import Row, locate
 from nsa_jax.rows.segments import clear_padding
 from nsa_jax.runtime.eager import one_program_each
@@ -37,7 +38,8 @@ def native_sparse_attention(
     max_block_count: int | None = None,
     scale: float | None = None,
     segment_ids: Array | None = None,
-    query_indices: Array | None = None,
+    query_indices: Array | Literal["zigzag"] | None = None,
+    context_axis: str | None = None,
     implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """Causal attention through three gated branches: compressed keys, selected blocks of keys, and a sliding window.
@@ -70,6 +72,12 @@ def native_sparse_attention(
         query_indices: integers [B, Tq], where in its key row each query stands: it sees what the token there would see.
             Any order, repeats allowed; fast where neighbouring queries stand side by side. Outside of 0 .. T - 1: the
             query is padding. None: Tq is T, and query i stands at token i.
+        context_axis: a mesh axis of the enclosing `jax.shard_map` whose devices share the tokens of every row; T counts
+            those of all of them. query, key, value, gates, segment_ids, block_indices and block_counts are of the
+            Tq = T / devices tokens that this device holds, compressed keys and values those of the whole row. Each
+            token stands where query_indices say, each place at most once; None: device i holds the i-th of as many
+            equal runs; "zigzag": those of `zigzag_indices`, faster than the same indices as an array. The result and
+            the gradients are those of the whole row.
         implementation: "triton", "xla" (plain jnp, any device), or None for Triton on an NVIDIA GPU and jnp elsewhere.
 
     Returns:
@@ -80,7 +88,10 @@ def native_sparse_attention(
         ValueError, TypeError: an argument has a wrong shape, value or dtype, or no gate is given.
         ImportError: implementation is "triton", and Triton or jax-triton is not installed.
     """
-    checks.attention_arrays(query, key, value, checks.query_length(query, query_indices))
+    shares = checks.context_axis(context_axis)
+    one_each = None if shares else query_indices  # a query for each token of a share
+    checks.attention_arrays(query, key, value, checks.query_length(query, one_each))
+    length = key.shape[1] * (shares or 1)
     gates = checked_gates(query, compressed_gate, selected_gate, sliding_gate)
     block_size = checks.block_size(block_size)
     window, stride = checks.windows(
@@ -94,7 +105,7 @@ def native_sparse_attention(
         raise ValueError(f"compressed_{lacking}: expected an array, as compressed_{given} is given, got None")
     num_init_blocks, num_local_blocks = checks.forced_blocks(num_init_blocks, num_local_blocks)
     block_counts = checks.block_counts(block_counts, query, key)
-    num_blocks = -(-key.shape[1] // block_size)
+    num_blocks = -(-length // block_size)
     if max_block_count is None:
         max_block_count = block_counts if isinstance(block_counts, int) else num_blocks
     config = Config(
@@ -109,20 +120,24 @@ def native_sparse_attention(
         selects_all=block_indices is None and isinstance(block_counts, int) and block_counts >= num_blocks,
     )
     segment_ids = checks.segment_ids(segment_ids, *key.shape[:2])
-    query_indices = checks.query_indices(query_indices, query)
+    query_indices = checks.query_indices(query_indices, query, shares)
     if block_indices is not None:
         block_indices = checks.block_indices(block_indices, query, key)
     if compressed_key is not None:
-        checks.attention_arrays(query, compressed_key, compressed_value, key.shape[1] // stride, prefix="compressed_")
+        checks.attention_arrays(query, compressed_key, compressed_value, length // stride, prefix="compressed_")
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
     if gates.compressed is None and (gates.selected is None or block_indices is not None):
         compressed_key = compressed_value = None
 
     arrays = Arrays(query, key, value, compressed_key, compressed_value)
+    sharing = None
+    if context_axis is not None:
+        sharing = Sharing.of(context_axis, query_indices)
+        query_indices = query_indices if sharing.order == "any" else None
     routing = Routing(segment_ids, query_indices, block_indices, checks.as_int32(block_counts))
     leaves, tree = jax.tree.flatten((arrays, gates, routing))
-    attend = functools.partial(_attend, config, checks.resolve_implementation(implementation), tree)
+    attend = functools.partial(_attend, config, checks.resolve_implementation(implementation), sharing, tree)
     return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
 
 
@@ -138,15 +153,23 @@ def checked_gates(query: Array, compressed: Array | float | None, selected, slid
 
 
 @one_program_each
-def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
+def _attend(config: Config, implementation: str, sharing: Sharing | None, tree, *leaves: Array) -> Array:
     """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
     arrays, gates, routing = jax.tree.unflatten(tree, leaves)
-    row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
     gates = jax.tree.map(lambda gate: jnp.broadcast_to(gate, arrays.query.shape[:3]), gates)
+    if sharing is not None:
+        op = functools.partial(_attend_rows, implementation)
+        return context_attention.attend(op, sharing, config, arrays, gates, routing)
+    return _attend_rows(implementation, config, arrays, gates, routing)
+
+
+def _attend_rows(implementation: str, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> Array:
+    """`native_sparse_attention` of checked arguments: keys and values of whole rows, gates [B, Tq, N]."""
+    places = routing.segment_ids, routing.query_indices
+    row = locate(*places, *arrays.key.shape[:2], ascending=config.ascending)
     if row.packed or row.sliced:
         gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)
-    selects = gates.selected is not None and routing.block_indices is None and not config.selects_all
-    if (gates.compressed is not None or selects) and arrays.compressed_key is None:
+    if branches.needs_windows(config, gates, routing) and arrays.compressed_key is None:
         windows = {"window": config.window, "stride": config.stride, "segment_ids": routing.segment_ids}
         compressed_key, compressed_value = (compress(x, **windows) for x in (arrays.key, arrays.value))
         arrays = arrays._replace(compressed_key=compressed_key, compressed_value=compressed_value)

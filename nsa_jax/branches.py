@@ -9,7 +9,10 @@ Array = jax.Array
 
 
 class Config(NamedTuple):
-    """The static arguments of `native_sparse_attention`; window and stride are those of the compression."""
+    """The static arguments of `native_sparse_attention`; window and stride are those of the compression.
+
+    ascending: whether query indices, if any, are known to ascend, see `rows.queries.locate`.
+    """
 
     scale: float
     block_size: int
@@ -20,6 +23,7 @@ class Config(NamedTuple):
     num_local_blocks: int
     max_block_count: int
     selects_all: bool  # every block there can be, known without looking at data: nothing is to be selected
+    ascending: bool = False
 
 
 class Arrays(NamedTuple):
@@ -54,6 +58,12 @@ class Routing(NamedTuple):
     query_indices: Array | None
     block_indices: Array | None
     block_counts: Array
+
+
+def needs_windows(config: Config, gates: PerBranch, routing: Routing) -> bool:
+    """Whether a branch or the selection looks at compressed keys."""
+    selects = gates.selected is not None and routing.block_indices is None and not config.selects_all
+    return gates.compressed is not None or selects
 
 
 class Implementation(Protocol):

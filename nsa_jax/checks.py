@@ -83,9 +83,38 @@ def key_length(length: int | None, query: Array, query_indices: Array | None, se
     return length
 
 
-def query_indices(array: Array | None, query: Array) -> Array | None:
-    """Query indices [B, Tq] as int32, or None."""
+def query_indices(array: Array | str | None, query: Array, shares: int = 0) -> Array | str | None:
+    """Query indices [B, Tq] as int32, or None; of rows that are shared over devices also the name of an order."""
+    if isinstance(array, str):
+        if array != "zigzag":
+            raise ValueError(f"query_indices: expected an array, None or 'zigzag', got {_short(array)}")
+        if not shares:
+            raise ValueError("query_indices: 'zigzag' is the order of a context_axis, got context_axis=None")
+        pieces("query", query.shape[1], 2, "tokens, two pieces of each row on a device")
+        return array
     return None if array is None else _integers("query_indices", array, query.shape[:2])
+
+
+def context_axis(name: str | None) -> int:
+    """How many devices share a row: those of a mesh axis of the shard_map around, 0 for None."""
+    if name is None:
+        return 0
+    if not isinstance(name, str):
+        raise TypeError(f"context_axis: expected the name of a mesh axis or None, got {_kind(name)}")
+    try:
+        return jax.lax.axis_size(name)
+    except NameError:
+        axes = jax.sharding.get_abstract_mesh().manual_axes
+        there = f"there are {_short(axes)}" if axes else "there is none"
+        raise ValueError(
+            f"context_axis: expected an axis of the jax.shard_map that this is called in; {there}, got {_short(name)}"
+        ) from None
+
+
+def pieces(name: str, length: int, count: int, what: str = "tokens") -> None:
+    """A length that is a multiple of count."""
+    if length % count:
+        raise ValueError(f"{name}: expected a multiple of {_short(count)} {what}, got {_short(length)}")
 
 
 def gate(name: str, value: Array | float, query: Array) -> Array:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from nsa_jax import checks, meshes
-from nsa_jax.rows.intervals import window_intervals
-from nsa_jax.rows.queries import locate
+from nsa_jax.rows.segments import layout, search
 from nsa_jax.rows.windows import window_starts
 from nsa_jax.runtime.eager import one_program
 from nsa_jax.runtime.transforms import vary_together
@@ -85,39 +84,44 @@ def _gather_windows(window: int, stride: int, x: Array, segment_ids: Array | Non
     if length < window:
         return jnp.zeros((batch, slots, window, heads, width), x.dtype)
     if segment_ids is not None:
-        return _gather(*vary_together((x, segment_ids)), window, stride)
+        return take_windows(x, window_starts(layout(segment_ids, batch, length), window, stride), window, stride)
     parts = x[:, : slots * stride].reshape(batch, slots, stride, heads, width)
     return _fill(jnp.concatenate(_shifted(parts, window // stride), axis=2), slots)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gather(x: Array, segment_ids: Array, window: int, stride: int) -> Array:
-    starts = window_starts(locate(segment_ids, None, *x.shape[:2]).tokens, window, stride)  # [B, C]
+def take_windows(x: Array, starts: Array, window: int, stride: int) -> Array:
+    """The windows of x [B, T, H, D] that begin at starts, int32 [B, C]: [B, C, window, H, D].
+
+    Starts ascend in steps of at least `stride`; behind them there is -1 for slots without a window, which get zeros.
+    """
+    return _take_windows(*vary_together((x, starts)), window, stride, x.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _take_windows(x: Array, starts: Array, window: int, stride: int, length: int) -> Array:
     index = starts[..., None] + jnp.arange(window, dtype=jnp.int32).reshape(1, 1, window)
     windows = jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="clip"))(x, index)  # [B, C, window, H, D]
     return jnp.where((starts >= 0)[..., None, None, None], windows, jnp.zeros((), x.dtype))
 
 
-def _gather_forward(x: Array, segment_ids: Array, window: int, stride: int):
-    return _gather(x, segment_ids, window, stride), segment_ids
+def _take_forward(x: Array, starts: Array, window: int, stride: int, length: int):
+    return _take_windows(x, starts, window, stride, length), starts
 
 
-def _gather_backward(window: int, stride: int, segment_ids: Array, cotangent: Array):
-    row = locate(segment_ids, None, *segment_ids.shape)
-    tokens = row.tokens
-    # a segment's last token sees all its windows
-    seen = window_intervals(row, window, stride)
-    first, end = (jnp.take_along_axis(slot, tokens.stop - 1, axis=1) for slot in (seen.key_begin, seen.key_end))
-    overlap = jnp.arange(window // stride, dtype=jnp.int32).reshape(1, 1, -1)
-    slot = (first + tokens.position // stride)[..., None] - overlap  # [B, T, window // stride]
-    place = (tokens.position % stride)[..., None] + overlap * stride
-    inside = (slot >= first[..., None]) & (slot < end[..., None])
+def _take_backward(window: int, stride: int, length: int, starts: Array, cotangent: Array):
+    token = jnp.arange(length, dtype=jnp.int32)
+    begins = jnp.where(starts >= 0, starts, length)
+    last = jax.vmap(lambda begins: search(begins, token, "right"))(begins) - 1  # [B, T]
+    slot = last[..., None] - jnp.arange(window // stride, dtype=jnp.int32).reshape(1, 1, -1)
+    begin = jax.vmap(lambda begins, at: begins.at[at].get(mode="clip"))(begins, jnp.maximum(slot, 0))
+    place = token[None, :, None] - begin
+    inside = (slot >= 0) & (place < window)
     take = jax.vmap(lambda windows, slot, place: windows.at[slot, place].get(mode="clip"))
     shares = jnp.where(inside[..., None, None], take(cotangent, slot, place), jnp.zeros((), cotangent.dtype))
     return shares.sum(axis=2, dtype=jnp.float32).astype(cotangent.dtype), None
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_take_windows.defvjp(_take_forward, _take_backward)
 
 
 def _shifted(parts: Array, count: int) -> list[Array]:

@@ -20,7 +20,7 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 2)  # for shard_map
+jax.config.update("jax_num_cpu_devices", 8)  # for shard_map
 jax.config.update("jax_default_matmul_precision", "highest")  # XLA's float32 products, on a GPU tf32 unless told
 
 

@@ -64,11 +64,12 @@ def _specs(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -
     query, key, value, compressed_key, _ = arrays
     precision, window = device.dot_precision(), config.window_size if _in_one_pass(config, gates) else 0
     of_interval = backends.interval(query, value, config.scale)
+    one_each = routing.query_indices is None or config.ascending  # at most one query at a token
     slots = 0 if compressed_key is None else compressed_key.shape[1]
 
     def nearest(branch, keys):
         keys = min(keys, key.shape[1])
-        reach = keys if routing.query_indices is None else 0
+        reach = keys if one_each else 0
         return interval.Spec(branch, config.scale, precision, reach, keys, of_interval)
 
     if config.selects_all:
@@ -88,7 +89,8 @@ class _Kernels:
 
     def __init__(self, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing, keep: bool):
         self.config, self.gates, self.routing, self.keep = config, gates, routing, keep
-        self.row = locate(routing.segment_ids, routing.query_indices, *arrays.key.shape[:2])
+        places = routing.segment_ids, routing.query_indices
+        self.row = locate(*places, *arrays.key.shape[:2], ascending=config.ascending)
         self.specs = _specs(config, arrays, gates, routing)
         query, key, value, compressed_key, compressed_value = arrays
         self.query = query

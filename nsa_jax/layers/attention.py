@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec
 
 import nsa_jax
 from nsa_jax import checks, meshes
+from nsa_jax.context import Context, Sharing
+from nsa_jax.context_windows import Windows
 from nsa_jax.layers.rope import rotate
 from nsa_jax.rows.segments import Layout, layout
 from nsa_jax.rows.windows import window_starts
@@ -94,6 +96,34 @@ def rotate_to(layer: Any, x: Array, position: Array) -> Array:
     return x if layer.rope_theta is None else rotate(x, position, theta=layer.rope_theta)
 
 
+class Share(NamedTuple):
+    """Rows that devices share: from where this one stands, and what the op is told of the places of its tokens."""
+
+    context: Context
+    query_indices: Array | str | None
+
+
+def share_of(layer: Any, x: Array, query_indices: Array | None, *, initializing: bool) -> Share | None:
+    """The Share by a layer's fields `context_axis` and `context_order`; None without an axis, or when initializing.
+
+    Raises:
+        ValueError, TypeError: a field is out of range or contradicts another, or query_indices has a wrong shape or
+            dtype.
+    """
+    axis, order = layer.context_axis, layer.context_order
+    if axis is None:
+        for name, value in (("query_indices", query_indices), ("context_order", order)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, as context_axis is None, got {type(value).__name__}")
+    if order not in (None, "zigzag"):
+        raise ValueError(f"context_order: expected None or 'zigzag', got {order!r}")
+    if axis is None or initializing:
+        return None
+    batch, size, _ = checks.features("x", x)
+    where = checks.query_indices(order if query_indices is None else query_indices, x, checks.context_axis(axis))
+    return Share(Context.of(Sharing.of(axis, where), where, batch, size), where)
+
+
 def attend(
     layer: Any,
     query: Array,
@@ -104,6 +134,7 @@ def attend(
     tokens: Layout,
     segment_ids: Array | None,
     maps: tuple[Callable, Callable] | None,
+    share: Share | None = None,
 ) -> Array:
     """The gated sum of the layer's branches.
 
@@ -114,11 +145,15 @@ def attend(
         gate: [B, T, branches, N].
         tokens, segment_ids: from `positions`.
         maps: the learned maps of keys and of values, [B, C, l, H, D] to [B, C, H, D]; None for the mean.
+        share: of rows that devices share, from `share_of`.
 
     Returns:
         [B, T, N, V].
     """
-    branches = branches_in_use(layer)
+    branches, row_ids = branches_in_use(layer), segment_ids
+    if share is not None:
+        row_ids = share.context.row_ids(segment_ids)
+        tokens = share.context.tokens(row_ids)
     query = rotate_to(layer, query, tokens.position)
     keys, values = by_branch(layer, key, branches), by_branch(layer, value, branches)
     if layer.separate_keys:
@@ -129,74 +164,59 @@ def attend(
 
     compressed = None, None
     source = next((branch for branch in ("compressed", "selected") if branch in branches), None)
-    if source is not None:
-        compressed = _compress(layer, keys[source], rotated[source], values[source], tokens, segment_ids, maps)
-    branch_attention = _attend_separate if layer.separate_keys else _attend_shared
-    return branch_attention(layer, query, rotated, values, *compressed, gates, segment_ids)
-
-
-def _compress(layer, key, rotated, value, tokens, segment_ids, maps) -> tuple[Array, Array]:
-    """Compressed keys and values [B, T // d, H, D], of keys before and after rotation and of values."""
-    sizes = window_sizes(layer)
-    if maps is None:
-        return tuple(nsa_jax.compress(x, **sizes, segment_ids=segment_ids) for x in (rotated, value))
-    start = window_starts(tokens, **sizes)  # [B, C]
-    windows = (nsa_jax.gather_windows(x, **sizes, segment_ids=segment_ids) for x in (key, value))
-    key, value = (
-        jnp.where((start >= 0)[:, :, None, None], phi(x), jnp.zeros((), x.dtype))  # phi(0) need not be 0
-        for phi, x in zip(maps, windows, strict=True)
-    )
-    last = jnp.maximum(start, 0) + sizes["window"] - 1
-    position = jnp.take_along_axis(tokens.position, jnp.minimum(last, tokens.position.shape[1] - 1), axis=1)
-    return rotate_to(layer, key, position), value
-
-
-def _attend_shared(layer, query, keys, values, compressed_key, compressed_value, gates, segment_ids) -> Array:
-    any_branch = next(iter(keys))
-    return nsa_jax.native_sparse_attention(
-        query,
-        keys[any_branch],
-        values[any_branch],
-        **{f"{branch}_gate": gate for branch, gate in gates.items()},
-        block_counts=layer.block_counts,
-        block_size=layer.block_size,
-        window_size=layer.window_size,
-        compression_window=layer.compression_window,
-        compression_stride=layer.compression_stride,
-        compressed_key=compressed_key,
-        compressed_value=compressed_value,
-        num_init_blocks=layer.num_init_blocks,
-        num_local_blocks=layer.num_local_blocks,
-        segment_ids=segment_ids,
-        implementation=layer.implementation,
-    )
-
-
-def _attend_separate(layer, query, keys, values, compressed_key, compressed_value, gates, segment_ids) -> Array:
-    common = {"segment_ids": segment_ids, "implementation": layer.implementation}
-    sizes = window_sizes(layer)
-    outputs = {}
-    if compressed_key is not None:
-        outputs["compressed"], lse = nsa_jax.compressed_attention(
-            query, compressed_key, compressed_value, **sizes, **common, return_residual=True
-        )
-    if "selected" in gates:
-        block_indices = nsa_jax.select_blocks(
+    if source is not None and (layer.separate_keys or maps is not None):  # otherwise the op takes the mean
+        context = None if share is None else share.context
+        arrays = keys[source], rotated[source], values[source]
+        compressed = _compress(layer, *arrays, tokens, row_ids, maps, context)
+    calls = [list(branches)]
+    if layer.separate_keys:  # the compressed branch has its keys from `compressed`
+        calls = [[branch for branch in branches if branch != "sliding"], [b for b in branches if b == "sliding"]]
+    options = {
+        "block_counts": layer.block_counts,
+        "block_size": layer.block_size,
+        "window_size": layer.window_size,
+        "compression_window": layer.compression_window,
+        "compression_stride": layer.compression_stride,
+        "compressed_key": compressed[0],
+        "compressed_value": compressed[1],
+        "num_init_blocks": layer.num_init_blocks,
+        "num_local_blocks": layer.num_local_blocks,
+        "segment_ids": segment_ids,
+        "implementation": layer.implementation,
+    }
+    if share is not None:
+        options |= {"query_indices": share.query_indices, "context_axis": share.context.axis}
+    return sum(
+        nsa_jax.native_sparse_attention(
             query,
-            compressed_key,
-            lse,
-            block_counts=layer.block_counts,
-            block_size=layer.block_size,
-            num_init_blocks=layer.num_init_blocks,
-            num_local_blocks=layer.num_local_blocks,
-            **sizes,
-            **common,
+            rotated[group[-1]],
+            values[group[-1]],
+            **{f"{branch}_gate": gates[branch] for branch in group},
+            **options,
         )
-        outputs["selected"] = nsa_jax.selected_attention(
-            query, keys["selected"], values["selected"], block_indices, block_size=layer.block_size, **common
+        for group in calls
+        if group
+    )
+
+
+def _compress(layer, key, rotated, value, tokens, row_ids, maps, context) -> tuple[Array, Array]:
+    """Compressed keys and values [B, C, H, D] of whole rows, of keys before and after rotation and of values."""
+    sizes = window_sizes(layer)
+    if context is None:
+        start, rows = window_starts(tokens, **sizes), tokens
+        take = functools.partial(nsa_jax.gather_windows, **sizes, segment_ids=row_ids)
+        mean = functools.partial(nsa_jax.compress, **sizes, segment_ids=row_ids)
+    else:  # each device makes some of the windows
+        windows = Windows(context, row_ids, key.shape[0], **sizes)
+        start, rows, take, mean = windows.places, context.rows(row_ids), windows.take, windows.mean
+    if maps is None:
+        made = mean(rotated), mean(value)
+    else:
+        key, value = (
+            jnp.where((start >= 0)[:, :, None, None], phi(take(x)), jnp.zeros((), x.dtype))  # phi(0) need not be 0
+            for phi, x in zip(maps, (key, value), strict=True)
         )
-    if "sliding" in gates:
-        outputs["sliding"] = nsa_jax.sliding_window_attention(
-            query, keys["sliding"], values["sliding"], window_size=layer.window_size, **common
-        )
-    return sum(gate[..., None] * outputs[branch] for branch, gate in gates.items())
+        last = jnp.maximum(start, 0) + sizes["window"] - 1
+        position = jnp.take_along_axis(rows.position, jnp.minimum(last, rows.position.shape[1] - 1), axis=1)
+        made = rotate_to(layer, key, position), value
+    return made if context is None else tuple(windows.gather(x) for x in made)

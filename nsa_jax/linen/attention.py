@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from nsa_jax.layers.attention import BRANCHES, attend, branches_in_use
+from nsa_jax.layers.attention import BRANCHES, attend, branches_in_use, share_of
 from nsa_jax.layers.decode import LayerState, attend_next, init_state
 from nsa_jax.linen.cache_variable import cache_variable
 from nsa_jax.linen.compression import MLPCompression
@@ -37,6 +37,10 @@ class NativeSparseAttention(Projections):
         branches: those in use.
         separate_keys: whether each branch has keys and values of its own (the paper's) or all share them.
         implementation: "triton", "xla", or None to choose by device.
+        context_axis: a mesh axis of the enclosing `jax.shard_map` whose devices share the tokens of every row, see
+            `native_sparse_attention`; `init` needs none and takes no notice of it.
+        context_order: which tokens a device holds unless query_indices say so: None for the i-th of equal runs, or
+            "zigzag" for those of `zigzag_indices`.
 
     Source: Yuan et al. 2025, arXiv 2502.11089, section 3.
     """
@@ -52,6 +56,8 @@ class NativeSparseAttention(Projections):
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
     implementation: Literal["triton", "xla"] | None = None
+    context_axis: str | None = None
+    context_order: Literal["zigzag"] | None = None
 
     @nn.compact
     def __call__(
@@ -59,6 +65,7 @@ class NativeSparseAttention(Projections):
         x: Array,
         segment_ids: Array | None = None,
         *,
+        query_indices: Array | None = None,
         lengths: Array | None = None,
         state: LayerState | None = None,
     ) -> Array | tuple[Array, LayerState]:
@@ -68,6 +75,8 @@ class NativeSparseAttention(Projections):
             x: [B, T, features].
             segment_ids: integers [B, T], or None for one segment per row; negative is padding. None in decoding, where
                 a row is one segment.
+            query_indices: integers [B, T], where in their whole rows the tokens stand that this device holds; needs a
+                context_axis. None: as context_order says.
             lengths: in decoding, integers [B], how many of the tokens belong to each row; all unless given.
             state: what the layer has seen (`init_state`), where the caller keeps it in place of a collection.
 
@@ -79,6 +88,7 @@ class NativeSparseAttention(Projections):
             ValueError, TypeError: a field is out of range or contradicts another, or x, segment_ids or lengths has a
                 wrong shape or dtype.
         """
+        share = share_of(self, x, query_indices, initializing=self.is_initializing())
         segment_ids, tokens = self.positions(x, segment_ids)
         features = x.shape[-1]
         kv_heads, width, value_width = self.widths(features)
@@ -93,7 +103,8 @@ class NativeSparseAttention(Projections):
         init = functools.partial(self.init_state, *x.shape[:2], features, key.dtype)
         variable, seen = cache_variable(self, init, segment_ids, lengths, state)
         if seen is None:
-            output = attend(self, query, key, value, gate, tokens=tokens, segment_ids=segment_ids, maps=maps)
+            rows = {"tokens": tokens, "segment_ids": segment_ids, "share": share}
+            output = attend(self, query, key, value, gate, maps=maps, **rows)
             return self.project_out(features)(output)
         output, seen = attend_next(self, seen, query, key, value, gate, lengths=lengths, maps=maps)
         output = self.project_out(features)(output)

@@ -22,7 +22,8 @@ class TransformerConfig:
         mlp_size: width of SwiGLU's hidden layer; 8/3 hidden_size, rounded up to a multiple of 64, unless given.
         attention: "nsa" or "dense".
         block_size, block_counts, window_size, compression, compression_window, compression_stride, num_init_blocks,
-            num_local_blocks, branches, separate_keys, implementation: see `NativeSparseAttention`.
+            num_local_blocks, branches, separate_keys, implementation, context_axis, context_order: see
+            `NativeSparseAttention`.
         rope_theta: base of the rotary position embedding.
         norm_epsilon: added to the mean square in RMSNorm.
         tie_embeddings: whether the head is the embedding table, transposed.
@@ -53,6 +54,8 @@ class TransformerConfig:
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
     implementation: Literal["triton", "xla"] | None = None
+    context_axis: str | None = None
+    context_order: Literal["zigzag"] | None = None
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
@@ -72,6 +75,8 @@ class TransformerConfig:
             raise ValueError(f"head_dim: expected a multiple of 4, got {self.head_dim}")
         if self.attention not in ("nsa", "dense"):
             raise ValueError(f"attention: expected 'nsa' or 'dense', got {self.attention!r}")
+        if self.attention == "dense" and self.context_axis is not None:
+            raise ValueError(f"context_axis: expected None with attention='dense', got {self.context_axis!r}")
 
     @property
     def swiglu_size(self) -> int:

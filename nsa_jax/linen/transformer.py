@@ -51,6 +51,7 @@ class NSATransformer(nn.Module):
         tokens: Array,
         segment_ids: Array | None = None,
         *,
+        query_indices: Array | None = None,
         lengths: Array | None = None,
     ) -> Array:
         """The logits of the token after each.
@@ -58,6 +59,7 @@ class NSATransformer(nn.Module):
         Args:
             tokens: integers [B, T].
             segment_ids: integers [B, T], or None for one segment per row; None in decoding.
+            query_indices: integers [B, T] or None, see `NativeSparseAttention`.
             lengths: in decoding, integers [B], how many of the tokens belong to each row; all unless given.
 
         Returns:
@@ -79,7 +81,7 @@ class NSATransformer(nn.Module):
         x = _rows_apart(_look_up(embed, tokens))
         if seen is None:
             layer = nn.remat(Layer, policy=remat_policy(), prevent_cse=False) if config.remat else Layer
-            x, _ = _scan(layer, config, nn.broadcast)(config, name="layers")(x, segment_ids)
+            x, _ = _scan(layer, config, nn.broadcast)(config, name="layers")(x, segment_ids, query_indices)
         else:
             layers = _scan(CachedLayer, config, (0, nn.broadcast, nn.broadcast))(config, name="layers")
             numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -116,14 +118,15 @@ def _rows_apart(x: Array) -> Array:
 
 
 class Layer(nn.Module):
-    """One layer, in the form that `nn.scan` wants: (x, segment_ids) -> (x, None)."""
+    """One layer, in the form that `nn.scan` wants: (x, segment_ids, query_indices) -> (x, None)."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, segment_ids: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, segment_ids: Array | None, query_indices: Array | None = None) -> tuple[Array, None]:
         config = self.config
-        x = _rows_apart(x + _attention(config)(_norm(config, "attention_norm")(x), segment_ids))
+        places = {} if query_indices is None else {"query_indices": query_indices}  # dense attention takes none
+        x = _rows_apart(x + _attention(config)(_norm(config, "attention_norm")(x), segment_ids, **places))
         return _rows_apart(x + SwiGLU(config, name="mlp")(_norm(config, "mlp_norm")(x))), None
 
 

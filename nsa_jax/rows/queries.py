@@ -20,7 +20,8 @@ class Queries(NamedTuple):
         position: int32, its position in the segment.
         valid: bool, False for a query outside of the row or at padding.
         order: int32, the queries in the order of their places, padding last; None if they stand in order.
-        standing: int32, the places in that order, past the row for padding; None likewise.
+        standing: int32, the places in that order, past the row for padding that `order` puts last; None where one query
+            stands at each token.
     """
 
     place: Array
@@ -66,10 +67,12 @@ class Row:
     @property
     def sliced(self) -> bool:
         """Whether the queries stand at places of their own, and not at one token each."""
-        return self.queries.order is not None
+        return self.queries.standing is not None
 
 
-def locate(segment_ids: Array | None, query_indices: Array | None, batch: int, length: int) -> Row:
+def locate(
+    segment_ids: Array | None, query_indices: Array | None, batch: int, length: int, *, ascending: bool = False
+) -> Row:
     """The Row of key rows of `length` tokens.
 
     Args:
@@ -77,10 +80,15 @@ def locate(segment_ids: Array | None, query_indices: Array | None, batch: int, l
         query_indices: int32 [batch, Tq], or None for one query at each token.
         batch: B.
         length: T.
+        ascending: whether the query indices are known to ascend, all of them inside of the row.
     """
     tokens = layout(segment_ids, batch, length)
     if query_indices is None:
         queries = Queries(tokens.index, *tokens)
+        return Row(tokens, queries, packed=segment_ids is not None)
+    if ascending:
+        at = jax.tree.map(lambda x: jnp.take_along_axis(x, query_indices, axis=1), tokens)
+        queries = Queries(query_indices, *at, standing=query_indices)
         return Row(tokens, queries, packed=segment_ids is not None)
     inside = (query_indices >= 0) & (query_indices < length)
     place = jnp.where(inside, query_indices, length - 1)
