@@ -247,9 +247,10 @@ def _compressed(step, pool, rows, shape, blocks, page):
 
 
 _RANKED = 2048  # blocks that are ranked at once, at most
-_LANE = 128  # blocks that a warp ranks
+_LANE = 128  # blocks that a warp ranks, unless there would be more warps than
+_LANES = 8
 _SCORES = 16384  # scores that are held at once
-_COMPARED = 1024  # of the lanes' best blocks, up to which all are compared with all
+_COMPARED = 64  # pairs of the lanes' best blocks that a thread compares at once, at most
 
 
 def _select(step, rows, shape, selection, compressed, scores):
@@ -260,7 +261,7 @@ def _select(step, rows, shape, selection, compressed, scores):
     (B, Tq, N, _), H, G = rows.query.shape, shape["H"], shape["G"]
     splits, blocks = compressed.peaks.shape[2], -(-shape["CAPACITY"] // config.block_size)
     chunk = min(_RANKED, max(16, tiling.power_of_two(blocks)))
-    lanes, entries = max(1, chunk // _LANE), tiling.power_of_two(selection["S"])
+    lanes, entries = min(_LANES, max(1, chunk // _LANE)), tiling.power_of_two(selection["S"])
     return launch(
         kernels.select, _or(rows.block_counts, rows.start), *_places(rows), *scores, compressed.peaks,
         compressed.totals, name="decode_select_blocks",
@@ -272,7 +273,7 @@ def _select(step, rows, shape, selection, compressed, scores):
         INIT=min(config.num_init_blocks, blocks), LOCAL=min(max(config.num_local_blocks, 1), blocks),
         OVERLAP=config.window > config.stride, BLOCKS=scores[0].shape[3], SPLITS=splits,
         SPLITS_PADDED=tiling.power_of_two(splits), HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)),
-        LANES=lanes, WIDTH=chunk // lanes, ENTRIES=entries, PAIRWISE=lanes * entries <= _COMPARED, **selection,
+        LANES=lanes, WIDTH=chunk // lanes, ENTRIES=entries, PAIRWISE=lanes * entries**2 <= 32 * _COMPARED, **selection,
     )  # fmt: skip
 
 
