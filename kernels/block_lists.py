@@ -6,16 +6,16 @@ import triton
 import triton.language as tl
 
 NOWHERE = tl.constexpr(2**31 - 1)  # stands for "no block"
-SHARED = tl.constexpr(1 << 30)  # of a member, in pairs of tiles: both want the block, at the same step
+SHARED = tl.constexpr(1 << 30)  # bit of a member: both tiles of a pair want the block, at the same step
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WalkShape:
     """The shape of `walk` and `walk_in_pairs`, where a tile is a pair of tiles.
 
     Attributes:
         T: queries.
-        H: key heads.
+        H: kv heads.
         S: blocks that a query wants at most, of which it may have selected the first CHOSEN.
         BLOCK: keys of a block.
         WINDOW: keys of the sliding window; 0 for none.
@@ -42,7 +42,7 @@ class WalkShape:
 
     @property
     def ENTRIES(self) -> int:
-        """Of a tile's walk."""
+        """The most blocks of a tile's walk."""
         return self.TOKENS * self.S
 
     @property
@@ -193,9 +193,14 @@ def _first_place(place, tiles, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _one_segment(start, tiles, SHAPE: tl.constexpr):
-    """Whether each tile's tokens are of one segment, by where theirs starts."""
-    return tl.min(_of_tokens(start, NOWHERE, tiles, SHAPE), 1) >= tl.max(_of_tokens(start, -1, tiles, SHAPE), 1)
+def _may_share(place, start, tiles, SHAPE: tl.constexpr):
+    """Whether the two tiles of each pair are of one segment, by where their tokens' starts, and the first tile's tokens
+    stand nowhere behind the second's."""
+    first = tl.arange(0, SHAPE.TOKENS_SIDE)[None, :] < SHAPE.TOKENS // 2
+    earliest, latest = _of_tokens(start, NOWHERE, tiles, SHAPE), _of_tokens(start, -1, tiles, SHAPE)
+    of_first = tl.where(first, _of_tokens(place, -1, tiles, SHAPE), -1)
+    of_second = tl.where(first, NOWHERE, _of_tokens(place, NOWHERE, tiles, SHAPE))
+    return (tl.min(earliest, 1) >= tl.max(latest, 1)) & (tl.max(of_first, 1) <= tl.min(of_second, 1))
 
 
 @triton.jit
@@ -229,42 +234,54 @@ def walk_in_pairs(first_keys, place, start, begins, members, counts, edges, SHAP
     time, and what both want at the same step: begins [B, H, TILES, 2, ENTRIES / 2]. members: bit i tells whether the
     i-th token of the tile wants the block, SHARED whether the other tile does too; 0 at a step that is the other tile's
     alone. Entries after the counts are not written. Blocks up to the edges [B, H, TILES] lie before the place [B, T] of
-    every token of the pair. Where its tokens are of several segments, by their start [B, T], nothing is shared: the
-    order in which a token goes through its blocks, and so its rounding, is then its own segment's matter.
+    every token of the pair.
+
+    The order in which a token goes through its blocks decides how sums are rounded, so nothing that a token cannot see
+    may change it. The first tile goes through its blocks as they stand in the row; the second follows it, with its own
+    blocks where the first has some that the second does not want. Tiles of several segments (start [B, T]), or whose
+    tokens do not stand one after the other, share nothing, and each goes through its blocks as they stand.
     """
     SIDE: tl.constexpr = SHAPE.SIDE
     OTHER: tl.constexpr = SHAPE.ENTRIES // 2  # from an entry of the first tile to the second tile's
     tiles = _tiles(SHAPE)
     begin, member, _, at = _union(first_keys, begins, members, tiles, SHAPE)
-    entry = tl.arange(0, SIDE)[None, :]
     inside = tiles.inside[:, None]
     ALL: tl.constexpr = (1 << (SHAPE.TOKENS // 2)) - 1
     first = member & ALL
     second = (member >> (SHAPE.TOKENS // 2)) & ALL
-    both = (first != 0) & (second != 0) & _one_segment(start, tiles, SHAPE)[:, None]
-    ones = (first != 0) & ~both
-    others = (second != 0) & ~both
-    shared = tl.sum(both.to(tl.int32), 1)[:, None]
-    most = tl.maximum(tl.sum(ones.to(tl.int32), 1), tl.sum(others.to(tl.int32), 1))[:, None]
-    steps = (shared + most).to(tl.int64 if SIDE > 65536 else tl.int32)  # products of two such numbers follow
-    # what is shared is spread evenly among the rest, so that copying and multiplying alternate
-    number = tl.cumsum(both.to(tl.int32), 1)
-    step = (number * steps + shared - 1) // tl.maximum(shared, 1) - 1
-    tl.store(begins + at + step, begin, mask=both & inside)
-    tl.store(members + at + step, first | SHARED, mask=both & inside)
-    tl.store(begins + at + OTHER + step, begin, mask=both & inside)
-    tl.store(members + at + OTHER + step, second | SHARED, mask=both & inside)
-    for i in tl.static_range(2):
-        mine = others if i else ones
-        bits = second if i else first
-        to = at + i * OTHER
-        step = (tl.cumsum(mine.to(tl.int32), 1) - 1) * steps // tl.maximum(most, 1)
-        tl.store(begins + to + step, begin, mask=mine & inside)
-        tl.store(members + to + step, bits, mask=mine & inside)
-        idle = (entry >= tl.sum(mine.to(tl.int32), 1)[:, None]) & (entry < most) & inside
-        step = entry * steps // tl.maximum(most, 1)
-        tl.store(begins + to + step, tl.zeros([SHAPE.PER_PROGRAM, SIDE], tl.int32), mask=idle)
-        tl.store(members + to + step, tl.zeros([SHAPE.PER_PROGRAM, SIDE], tl.int32), mask=idle)
+    shared = (first != 0) & (second != 0) & _may_share(place, start, tiles, SHAPE)[:, None]
+    one = (first != 0) & ~shared
+    other = (second != 0) & ~shared
+    ones = tl.sum(one.to(tl.int32), 1)[:, None]
+    others = tl.sum(other.to(tl.int32), 1)[:, None]
+    shares = tl.sum(shared.to(tl.int32), 1)[:, None]
+    number = tl.cumsum(one.to(tl.int32), 1) - 1  # among the first tile's own
+    step = number + tl.cumsum(shared.to(tl.int32), 1)
+    other_number = tl.cumsum(other.to(tl.int32), 1) - 1
+    # the second tile's n-th own block goes where the first tile has its n-th, found by way of memory
+    tl.store(begins + at + number, step, mask=one & inside)
+    tl.debug_barrier()
+    beside = other & (other_number < ones)
+    other_step = tl.load(begins + at + other_number, mask=beside & inside, other=0)
+    other_step = tl.where(beside, other_step, shares + other_number)
+    tl.debug_barrier()
+
+    tag = tl.where(shared, SHARED, 0)
+    zero = tl.zeros([SHAPE.PER_PROGRAM, SIDE], tl.int32)
+    tl.store(begins + at + step, begin, mask=(one | shared) & inside)
+    tl.store(members + at + step, first | tag, mask=(one | shared) & inside)
+    tl.store(begins + at + OTHER + step, begin, mask=shared & inside)
+    tl.store(members + at + OTHER + step, second | tag, mask=shared & inside)
+    tl.store(begins + at + OTHER + other_step, begin, mask=other & inside)
+    tl.store(members + at + OTHER + other_step, second, mask=other & inside)
+    # steps of one tile alone
+    alone = one & (number >= others)
+    tl.store(begins + at + OTHER + step, zero, mask=alone & inside)
+    tl.store(members + at + OTHER + step, zero, mask=alone & inside)
+    alone = other & (other_number >= ones)
+    tl.store(begins + at + other_step, zero, mask=alone & inside)
+    tl.store(members + at + other_step, zero, mask=alone & inside)
     edge = _first_place(place, tiles, SHAPE) + (1 - SHAPE.BLOCK)
-    tl.store(counts + _first_tile(tiles, SHAPE) + tiles.tile[:, None], shared + most, mask=inside)
-    tl.store(edges + _first_tile(tiles, SHAPE) + tiles.tile, edge, mask=tiles.inside)
+    pair = _first_tile(tiles, SHAPE) + tiles.tile
+    tl.store(counts + pair[:, None], shares + tl.maximum(ones, others), mask=inside)
+    tl.store(edges + pair, edge, mask=tiles.inside)

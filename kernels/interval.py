@@ -13,12 +13,42 @@ A query row is a (token, head of the group) pair, number token * G + head, so th
 all its heads and no group size wastes a row of a tile. Tiles that every row sees whole skip the mask.
 """
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
-from .shape import PortableShape
+from .shape import TileShape
 from .softmax import LOG2E, exponent_factor, finish_gradient, finish_seen, load_statistics, online_step, scores
 from .tiles import accumulate, added, inner, load_keys, load_rows, scaled, store_rows, zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryShape(TileShape):
+    """The sizes of `forward` and `backward_query`."""
+
+    @property
+    def TILES(self) -> int:
+        return -(-self.T * self.G // self.ROWS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyShape(TileShape):
+    """The sizes of `backward_key_value`.
+
+    Attributes:
+        B: batch rows.
+        SPLITS: parts into which the queries are cut.
+        AHEAD: whether a loop loads the next lse at the end of the step before.
+    """
+
+    B: int
+    SPLITS: int
+    AHEAD: bool
+
+    @property
+    def TILES(self) -> int:
+        return -(-self.C // self.KEYS)
 
 
 @triton.jit
@@ -46,19 +76,20 @@ class QueryRows:
 
 
 @triton.jit
-def _query_rows(tile, row, head, shape, ROWS: tl.constexpr):
+def _query_rows(tile, row, head, SHAPE: tl.constexpr):
     """The `QueryRows` of tile number `tile`."""
-    G: tl.constexpr = shape.G
+    G: tl.constexpr = SHAPE.G
+    ROWS: tl.constexpr = SHAPE.ROWS
     query_row = tile * ROWS + tl.arange(0, ROWS)
     token = query_row // G
     first = tile * ROWS // G
-    base = ((row * shape.T + first) * shape.H + head) * G
-    return QueryRows(base, (token - first) * (shape.H * G) + query_row % G, token, token < shape.T)
+    base = ((row * SHAPE.T + first) * SHAPE.H + head) * G
+    return QueryRows(base, (token - first) * SHAPE.N + query_row % G, token, token < SHAPE.T)
 
 
 @triton.jit
 def _whole_tiles(begin, end, inside, first, last, SIDE: tl.constexpr, LIMIT: tl.constexpr):
-    """Of the tiles [first, last), those that lie in every interval [begin, end): the tiles [lower, upper)."""
+    """The tiles [lower, upper): those of the tiles [first, last) that lie in every interval [begin, end)."""
     lower = tl.cdiv(tl.max(tl.where(inside, begin, 0), 0), SIDE)
     upper = tl.min(tl.where(inside, end, LIMIT), 0) // SIDE
     lower = tl.minimum(tl.maximum(lower, first), last)
@@ -73,58 +104,67 @@ def _edge_tile(i, first, lower, upper):
 
 
 @triton.jit
-def _key_tiles(begin, end, inside, shape, KEYS: tl.constexpr):
+def _key_tiles(begin, end, inside, SHAPE: tl.constexpr):
     """The tiles [first, last) of keys that any interval touches, and those, [lower, upper), that lie in all of them."""
-    first = tl.min(tl.where(end > begin, begin, shape.C), 0) // KEYS
+    C: tl.constexpr = SHAPE.C
+    KEYS: tl.constexpr = SHAPE.KEYS
+    first = tl.min(tl.where(end > begin, begin, C), 0) // KEYS
     last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), KEYS)
-    lower, upper = _whole_tiles(begin, end, inside, first, last, KEYS, shape.C)
+    lower, upper = _whole_tiles(begin, end, inside, first, last, KEYS, C)
     return first, last, lower, upper
 
 
 @triton.jit
-def _load_keys(tile, key, value, row, head, shape, KEYS: tl.constexpr):
+def _load_keys(tile, key, value, row, head, SHAPE: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """Key tile number `tile`: the keys' numbers [KEYS], keys and values."""
-    C: tl.constexpr = shape.C
-    H: tl.constexpr = shape.H
+    C: tl.constexpr = SHAPE.C
+    H: tl.constexpr = SHAPE.H
+    KEYS: tl.constexpr = SHAPE.KEYS
     first = tile * KEYS
     number = first + tl.arange(0, KEYS)
-    k = load_keys(key, row, first, head, number < C, C, H, shape.K, KEYS, shape.K_PARTS, shape.DESCRIPTORS)  # [KEYS, K]
-    v = load_keys(value, row, first, head, number < C, C, H, shape.V, KEYS, shape.V_PARTS, shape.DESCRIPTORS)
+    k = load_keys(key, row, first, head, number < C, C, H, SHAPE.K, KEYS, SHAPE.K_PARTS, DESCRIPTORS)  # [KEYS, K]
+    v = load_keys(value, row, first, head, number < C, C, H, SHAPE.V, KEYS, SHAPE.V_PARTS, DESCRIPTORS)
     return number, k, v
 
 
 @triton.jit
-def forward(
-    query, key, value, key_begin, key_end, sight, output, lse,
-    T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: TILES * H * B."""
-    shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
-    tile, head, row = _program(TILES, H)
-    # late tokens see most: first
-    rows = _query_rows(TILES - 1 - tile, row, head, shape, ROWS)
+def forward(query, key, value, key_begin, key_end, sight, output, lse, SHAPE: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: TILES * H * B.
+
+    SHAPE is a `QueryShape`; DESCRIPTORS: whether keys and values are tensor descriptors, not pointers.
+    """
+    T: tl.constexpr = SHAPE.T
+    H: tl.constexpr = SHAPE.H
+    K: tl.constexpr = SHAPE.K
+    V: tl.constexpr = SHAPE.V
+    SCALE: tl.constexpr = SHAPE.SCALE
+    ROWS: tl.constexpr = SHAPE.ROWS
+    K_PARTS: tl.constexpr = SHAPE.K_PARTS
+    V_PARTS: tl.constexpr = SHAPE.V_PARTS
+    PRECISION: tl.constexpr = SHAPE.PRECISION
+    tile, head, row = _program(SHAPE.TILES, H)
+    # late tokens see most, so they go first
+    rows = _query_rows(SHAPE.TILES - 1 - tile, row, head, SHAPE)
     begin = tl.load(key_begin + row * T + rows.token, mask=rows.inside, other=0)  # [ROWS]
     end = tl.load(key_end + row * T + rows.token, mask=rows.inside, other=0)
     row_sight = tl.load(sight + (row * T + rows.token) * H + head, mask=rows.inside, other=0)
     q = load_rows(query + rows.base * K, rows.offset * K, rows.inside, K, K_PARTS)  # [ROWS, K]
 
-    first, last, lower, upper = _key_tiles(begin, end, rows.inside, shape, KEYS)
+    first, last, lower, upper = _key_tiles(begin, end, rows.inside, SHAPE)
     factor: tl.constexpr = exponent_factor(SCALE)
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     sums = zeros(ROWS, V_PARTS)  # [ROWS, V]
     for i in range(lower, upper):
-        number, k, v = _load_keys(i, key, value, row, head, shape, KEYS)
+        number, k, v = _load_keys(i, key, value, row, head, SHAPE, DESCRIPTORS)
         score = scores(q, k, SCALE, K_PARTS, PRECISION)  # [ROWS, KEYS]
-        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        number, k, v = _load_keys(j, key, value, row, head, shape, KEYS)
+        number, k, v = _load_keys(j, key, value, row, head, SHAPE, DESCRIPTORS)
         seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
         score = tl.where(seen, scores(q, k, SCALE, K_PARTS, PRECISION), float("-inf"))
-        peak, total, sums = online_step(score, True, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
 
     result, result_lse = finish_seen(peak, total, sums, row_sight, V_PARTS)
     store_rows(output + rows.base * V, rows.offset * V, result, rows.inside, V, V_PARTS)
@@ -133,21 +173,39 @@ def forward(
 
 @triton.jit
 def backward_query(
-    query, key, value, output, d_output, lse, d_lse, weight, before, key_begin, key_end, d_query, delta,
-    T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, HAS_D_LSE: tl.constexpr,
-    HAS_BEFORE: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    query,
+    key,
+    value,
+    output,
+    d_output,
+    lse,
+    d_lse,
+    weight,
+    before,
+    key_begin,
+    key_end,
+    d_query,
+    delta,
+    SHAPE: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
+):
     """d_query [B, T, N, K], and delta float32 [B, T, N], see `load_statistics`.
 
     The cotangent of the output is weight * d_output. d_lse, with HAS_D_LSE, is that of the lse; before, with
     HAS_BEFORE, is a d_query to add to. A row that sees nothing, lse -inf, gets 0 (or `before`) and delta 0; one whose
-    lse is NaN gets NaN.
+    lse is NaN gets NaN. SHAPE and DESCRIPTORS: as in `forward`.
     """
-    shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
-    tile, head, row = _program(TILES, H)
-    rows = _query_rows(TILES - 1 - tile, row, head, shape, ROWS)
+    T: tl.constexpr = SHAPE.T
+    K: tl.constexpr = SHAPE.K
+    V: tl.constexpr = SHAPE.V
+    SCALE: tl.constexpr = SHAPE.SCALE
+    K_PARTS: tl.constexpr = SHAPE.K_PARTS
+    V_PARTS: tl.constexpr = SHAPE.V_PARTS
+    PRECISION: tl.constexpr = SHAPE.PRECISION
+    tile, head, row = _program(SHAPE.TILES, SHAPE.H)
+    rows = _query_rows(SHAPE.TILES - 1 - tile, row, head, SHAPE)
     base, offset, inside = rows.base, rows.offset, rows.inside
     begin = tl.load(key_begin + row * T + rows.token, mask=inside, other=0)  # [ROWS]
     end = tl.load(key_end + row * T + rows.token, mask=inside, other=0)
@@ -156,16 +214,16 @@ def backward_query(
     row_lse, row_delta = load_statistics(output, do, lse, d_lse, delta, base, offset, inside, V, V_PARTS, HAS_D_LSE)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0) * SCALE
 
-    first, last, lower, upper = _key_tiles(begin, end, inside, shape, KEYS)
-    dq = zeros(ROWS, K_PARTS)  # [ROWS, K]
+    first, last, lower, upper = _key_tiles(begin, end, inside, SHAPE)
+    dq = zeros(SHAPE.ROWS, K_PARTS)  # [ROWS, K]
     for i in range(lower, upper):
-        number, k, v = _load_keys(i, key, value, row, head, shape, KEYS)
+        number, k, v = _load_keys(i, key, value, row, head, SHAPE, DESCRIPTORS)
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        number, k, v = _load_keys(j, key, value, row, head, shape, KEYS)
+        number, k, v = _load_keys(j, key, value, row, head, SHAPE, DESCRIPTORS)
         seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
         p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SCALE * LOG2E) - row_lse[:, None])
         ds = tl.where(seen, p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None]), 0.0)
@@ -196,61 +254,96 @@ class _Queries:
 
 
 @triton.jit
-def _row_lse(tile, queries, shape, ROWS: tl.constexpr):
-    """The lse [ROWS] of query tile number `tile` in base 2, inf for rows that do not count.
+def _row_lse(tile, queries, SHAPE: tl.constexpr):
+    """The lse [ROWS] of query tile number `tile` in base 2, inf for dead rows.
 
     Where AHEAD, loops load it at the end of the step before: copies of queries then need not wait for it.
     """
-    rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
-    return tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf")) * LOG2E
+    rows = _query_rows(tile, queries.row, queries.head, SHAPE)
+    row_lse = tl.load(queries.lse + rows.base + rows.offset, mask=rows.inside, other=float("inf"))
+    return tl.where(tl.abs(row_lse) < float("inf"), row_lse * LOG2E, float("inf"))
 
 
 @triton.jit
-def _key_gradients(tile, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS: tl.constexpr, MASKED: tl.constexpr):
+def _key_gradients(
+    tile,
+    row_lse,
+    begin,
+    end,
+    k,
+    v,
+    dk,
+    dv,
+    queries,
+    SHAPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """Adds what the rows of query tile number `tile` give to dk [KEYS, K] (still unscaled) and dv [KEYS, V].
 
     MASKED: whether a key may not be seen by a row: keys are seen by the queries [begin, end) [KEYS].
     """
-    G: tl.constexpr = shape.G
-    K: tl.constexpr = shape.K
-    V: tl.constexpr = shape.V
-    rows = _query_rows(tile, queries.row, queries.head, shape, ROWS)
+    G: tl.constexpr = SHAPE.G
+    K: tl.constexpr = SHAPE.K
+    V: tl.constexpr = SHAPE.V
+    ROWS: tl.constexpr = SHAPE.ROWS
+    rows = _query_rows(tile, queries.row, queries.head, SHAPE)
     live = row_lse < float("inf")
-    if shape.DESCRIPTORS:
+    if DESCRIPTORS:
         where = [queries.row.to(tl.int32), tile * (ROWS // G), queries.head * G, 0]
         q = (tl.where(live[:, None], tl.reshape(queries.query.load(where), [ROWS, K]), 0.0),)
         do = (tl.where(live[:, None], tl.reshape(queries.d_output.load(where), [ROWS, V]), 0.0),)
     else:
-        q = load_rows(queries.query + rows.base * K, rows.offset * K, live, K, shape.K_PARTS)  # [ROWS, K]
-        do = load_rows(queries.d_output + rows.base * V, rows.offset * V, live, V, shape.V_PARTS)  # [ROWS, V]
-    row_delta = tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0)
-    row_weight = tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0)
-    score = inner(k, q, shape.K_PARTS, shape.PRECISION)  # [KEYS, ROWS]
-    p = tl.exp2(score * (shape.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
+        q = load_rows(queries.query + rows.base * K, rows.offset * K, live, K, SHAPE.K_PARTS)  # [ROWS, K]
+        do = load_rows(queries.d_output + rows.base * V, rows.offset * V, live, V, SHAPE.V_PARTS)  # [ROWS, V]
+    row_delta = tl.where(live, tl.load(queries.delta + rows.base + rows.offset, mask=rows.inside, other=0.0), 0.0)
+    row_weight = tl.where(live, tl.load(queries.weight + rows.base + rows.offset, mask=rows.inside, other=0.0), 0.0)
+    score = inner(k, q, SHAPE.K_PARTS, SHAPE.PRECISION)  # [KEYS, ROWS]
+    p = tl.exp2(score * (SHAPE.SCALE * LOG2E) - row_lse[None, :]) * row_weight[None, :]
     if MASKED:
-        p = tl.where((rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None]), p, 0.0)
-    dv = accumulate(dv, p, do, shape.V_PARTS, shape.PRECISION)
-    ds = p * (inner(v, do, shape.V_PARTS, shape.PRECISION) - row_delta[None, :])
-    dk = accumulate(dk, ds, q, shape.K_PARTS, shape.PRECISION)
+        seen = (rows.token[None, :] >= begin[:, None]) & (rows.token[None, :] < end[:, None])
+        p = tl.where(seen, p, 0.0)
+    dv = accumulate(dv, p, do, SHAPE.V_PARTS, SHAPE.PRECISION)
+    ds = p * (inner(v, do, SHAPE.V_PARTS, SHAPE.PRECISION) - row_delta[None, :])
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)  # the product with a value that is not seen may overflow
+    dk = accumulate(dk, ds, q, SHAPE.K_PARTS, SHAPE.PRECISION)
     return dk, dv
 
 
 @triton.jit
 def backward_key_value(
-    query, key, value, d_output, lse, delta, weight, query_begin, query_end, d_key, d_value,
-    B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    SPLITS: tl.constexpr, AHEAD: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    d_output,
+    lse,
+    delta,
+    weight,
+    query_begin,
+    query_end,
+    d_key,
+    d_value,
+    SHAPE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """d_key, d_value [SPLITS, B, C, H, K|V], to be summed. Grid: TILES * SPLITS * H * B.
 
     Each split has a part of the queries. The cotangent of the output is weight * d_output; delta is what
-    `backward_query` gives. Rows with an lse of inf, a delta of 0 and a weight of 0 do not count, whatever their query
-    and cotangent hold: so the caller marks those that see nothing or are not finite.
+    `backward_query` gives. Dead rows, whose lse is not finite, count for nothing, whatever else they hold.
     """
-    shape = PortableShape(T, C, H, G, K, V, SCALE, K_PARTS, V_PARTS, PRECISION, DESCRIPTORS)
-    program, head, row = _program(TILES * SPLITS, H)
+    T: tl.constexpr = SHAPE.T
+    C: tl.constexpr = SHAPE.C
+    H: tl.constexpr = SHAPE.H
+    G: tl.constexpr = SHAPE.G
+    K: tl.constexpr = SHAPE.K
+    V: tl.constexpr = SHAPE.V
+    ROWS: tl.constexpr = SHAPE.ROWS
+    KEYS: tl.constexpr = SHAPE.KEYS
+    SPLITS: tl.constexpr = SHAPE.SPLITS
+    K_PARTS: tl.constexpr = SHAPE.K_PARTS
+    V_PARTS: tl.constexpr = SHAPE.V_PARTS
+    program, head, row = _program(SHAPE.TILES * SPLITS, H)
     queries = _Queries(query, d_output, lse, delta, weight, row, head)
     split = program % SPLITS
     local = tl.arange(0, KEYS)
@@ -272,21 +365,21 @@ def backward_key_value(
 
     dk = zeros(KEYS, K_PARTS)
     dv = zeros(KEYS, V_PARTS)
-    row_lse = _row_lse(lower, queries, shape, ROWS)
+    row_lse = _row_lse(lower, queries, SHAPE)
     for i in range(lower, upper):
-        if not AHEAD:
-            row_lse = _row_lse(i, queries, shape, ROWS)
-        dk, dv = _key_gradients(i, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS, False)
-        if AHEAD:
-            row_lse = _row_lse(i + 1, queries, shape, ROWS)
-    row_lse = _row_lse(_edge_tile(0, first, lower, upper), queries, shape, ROWS)
+        if not SHAPE.AHEAD:
+            row_lse = _row_lse(i, queries, SHAPE)
+        dk, dv = _key_gradients(i, row_lse, begin, end, k, v, dk, dv, queries, SHAPE, False, DESCRIPTORS)
+        if SHAPE.AHEAD:
+            row_lse = _row_lse(i + 1, queries, SHAPE)
+    row_lse = _row_lse(_edge_tile(0, first, lower, upper), queries, SHAPE)
     for i in range(last - first - (upper - lower)):
         j = _edge_tile(i, first, lower, upper)
-        if not AHEAD:
-            row_lse = _row_lse(j, queries, shape, ROWS)
-        dk, dv = _key_gradients(j, row_lse, begin, end, k, v, dk, dv, queries, shape, ROWS, True)
-        if AHEAD:
-            row_lse = _row_lse(_edge_tile(i + 1, first, lower, upper), queries, shape, ROWS)
-    base += split.to(tl.int64) * (B * C * H)
-    store_rows(d_key + base * K, local * (H * K), scaled(dk, SCALE, K_PARTS), inside, K, K_PARTS)
+        if not SHAPE.AHEAD:
+            row_lse = _row_lse(j, queries, SHAPE)
+        dk, dv = _key_gradients(j, row_lse, begin, end, k, v, dk, dv, queries, SHAPE, True, DESCRIPTORS)
+        if SHAPE.AHEAD:
+            row_lse = _row_lse(_edge_tile(i + 1, first, lower, upper), queries, SHAPE)
+    base += split.to(tl.int64) * (SHAPE.B * C * H)
+    store_rows(d_key + base * K, local * (H * K), scaled(dk, SHAPE.SCALE, K_PARTS), inside, K, K_PARTS)
     store_rows(d_value + base * V, local * (H * V), dv, inside, V, V_PARTS)

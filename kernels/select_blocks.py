@@ -12,10 +12,12 @@ enter the list first, so that only blocks before them are scored: candidates for
 that is not a number counts as 0, whatever its bits are; no other token of the tile is concerned.
 """
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
-from .shape import PortableShape
+from .shape import Shape, TileShape
 from .softmax import LOG2E
 from .tiles import inner, load_keys, load_rows
 
@@ -25,38 +27,41 @@ NONE = tl.constexpr(0x40000000)  # blocks from here on stand for an empty place 
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # where no segment begins
 
 
-@triton.aggregate
-class Rule:
-    """By what rule blocks are chosen.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionShape(Shape):
+    """Sizes of the keys' windows and blocks, and by what rule blocks are chosen.
 
     Attributes:
         S: blocks that a query takes at most.
         BLOCK_STRIDES, WINDOW_STRIDES: strides in a block and in a window.
         INIT, LOCAL: first and last blocks of a segment that are always taken.
-    """
-
-    S: tl.constexpr
-    BLOCK_STRIDES: tl.constexpr
-    WINDOW_STRIDES: tl.constexpr
-    INIT: tl.constexpr
-    LOCAL: tl.constexpr
-
-
-@triton.aggregate
-class Tile:
-    """Sizes of what a program works on.
-
-    Attributes:
-        TOKENS, HEADS: tokens and heads of the group, padded to powers of two.
-        KEYS, PARTS: windows that are multiplied at once, and how many times that a chunk has.
         LIST: entries of a token's list.
     """
 
-    TOKENS: tl.constexpr
-    HEADS: tl.constexpr
-    KEYS: tl.constexpr
-    PARTS: tl.constexpr
-    LIST: tl.constexpr
+    S: int
+    BLOCK_STRIDES: int
+    WINDOW_STRIDES: int
+    INIT: int
+    LOCAL: int
+    LIST: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionTileShape(SelectionShape, TileShape):
+    """What the kernel here has beside that: a tile of TOKENS * HEADS query rows.
+
+    Attributes:
+        TOKENS, HEADS: tokens and heads of the group, padded to powers of two.
+        PARTS: how many times a chunk has KEYS windows, which are multiplied at once.
+    """
+
+    TOKENS: int
+    HEADS: int
+    PARTS: int
+
+    @property
+    def TILES(self) -> int:
+        return -(-self.T // self.TOKENS)
 
 
 @triton.aggregate
@@ -93,9 +98,9 @@ class Segment:
 
 
 @triton.jit
-def _load_queries(count, segment_start, own_block, key_begin, key_end, index, head, inside, shape):
+def _load_queries(count, segment_start, own_block, key_begin, key_end, index, head, inside, SHAPE: tl.constexpr):
     """The `Queries` at index [TOKENS] of [B * T]."""
-    room = tl.load(count + index * shape.H + head, mask=inside, other=0)
+    room = tl.load(count + index * SHAPE.H + head, mask=inside, other=0)
     start = tl.load(segment_start + index, mask=inside, other=0)
     own = tl.load(own_block + index, mask=inside, other=0)
     begin = tl.load(key_begin + index, mask=inside, other=0)
@@ -104,64 +109,67 @@ def _load_queries(count, segment_start, own_block, key_begin, key_end, index, he
 
 
 @triton.jit
-def _group_probability(q, k, row_lse, shape, tile):
+def _group_probability(q, k, row_lse, SHAPE: tl.constexpr):
     """[TOKENS, KEYS]: the probability of each window, summed over the heads of the group."""
     # keys first: a group's heads then lie along a thread's registers, where the sum is cheap
-    score = inner(k, q, shape.K_PARTS, shape.PRECISION)  # [KEYS, TOKENS * HEADS]
-    p = tl.exp2(score * (shape.SCALE * LOG2E) - row_lse[None, :])
-    return tl.trans(tl.sum(tl.reshape(p, [tile.KEYS, tile.TOKENS, tile.HEADS]), 2))
+    score = inner(k, q, SHAPE.K_PARTS, SHAPE.PRECISION)  # [KEYS, TOKENS * HEADS]
+    p = tl.exp2(score * (SHAPE.SCALE * LOG2E) - row_lse[None, :])
+    return tl.trans(tl.sum(tl.reshape(p, [SHAPE.KEYS, SHAPE.TOKENS, SHAPE.HEADS]), 2))
 
 
 @triton.jit
-def _over_blocks(p, tile, rule):
+def _over_blocks(p, SHAPE: tl.constexpr):
     """What the windows of p [TOKENS, KEYS] give to their own blocks and to the next ones, each [TOKENS, blocks].
 
     The i-th window of a block shares min(WINDOW_STRIDES, BLOCK_STRIDES - i) strides with it, the rest with the next.
     """
-    STRIDES: tl.constexpr = rule.BLOCK_STRIDES
+    STRIDES: tl.constexpr = SHAPE.BLOCK_STRIDES
     i = tl.arange(0, STRIDES)[None, None, :]
-    windows = tl.reshape(p, [tile.TOKENS, tile.KEYS // STRIDES, STRIDES])
-    own = tl.sum(windows * tl.minimum(STRIDES - i, rule.WINDOW_STRIDES).to(tl.float32), 2)
-    if rule.WINDOW_STRIDES > 1:
-        return own, tl.sum(windows * tl.maximum(i + (rule.WINDOW_STRIDES - STRIDES), 0).to(tl.float32), 2)
+    windows = tl.reshape(p, [SHAPE.TOKENS, SHAPE.KEYS // STRIDES, STRIDES])
+    own = tl.sum(windows * tl.minimum(STRIDES - i, SHAPE.WINDOW_STRIDES).to(tl.float32), 2)
+    if SHAPE.WINDOW_STRIDES > 1:
+        return own, tl.sum(windows * tl.maximum(i + (SHAPE.WINDOW_STRIDES - STRIDES), 0).to(tl.float32), 2)
     else:
         return own, own
 
 
 @triton.jit
-def _importance(compressed_key, q, row_lse, chunk, segment, seen, carry, row, head, shape, tile, rule):
+def _importance(
+    key, q, row_lse, chunk, segment, seen, carry, row, head, SHAPE: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
     """[TOKENS, BLOCKS]: the importance of each block of a chunk, and what its last block gives to the next chunk.
 
     carry [TOKENS]: what the chunk before gives to the first block of this one.
     """
-    STRIDES: tl.constexpr = rule.BLOCK_STRIDES
-    CHUNK: tl.constexpr = tile.PARTS * tile.KEYS
+    C: tl.constexpr = SHAPE.C
+    H: tl.constexpr = SHAPE.H
+    KEYS: tl.constexpr = SHAPE.KEYS
+    STRIDES: tl.constexpr = SHAPE.BLOCK_STRIDES
+    CHUNK: tl.constexpr = SHAPE.PARTS * KEYS
     BLOCKS: tl.constexpr = CHUNK // STRIDES
-    importance = tl.zeros([tile.TOKENS, tile.PARTS, tile.KEYS // STRIDES], dtype=tl.float32)
-    spill = tl.zeros([tile.TOKENS, tile.PARTS, tile.KEYS // STRIDES], dtype=tl.float32)
-    for part in range(tl.minimum(tile.PARTS, tl.cdiv(segment.stop * STRIDES - chunk * CHUNK, tile.KEYS))):
-        window = (chunk * tile.PARTS + part) * tile.KEYS + tl.arange(0, tile.KEYS)
-        slot = segment.first + (chunk * tile.PARTS + part) * tile.KEYS
-        k = load_keys(
-            compressed_key, row, slot, head, window < segment.windows, shape.C, shape.H, shape.K, tile.KEYS,
-            shape.K_PARTS, shape.DESCRIPTORS,
-        )  # fmt: skip
-        p = _group_probability(q, k, row_lse, shape, tile)
+    importance = tl.zeros([SHAPE.TOKENS, SHAPE.PARTS, KEYS // STRIDES], dtype=tl.float32)
+    spill = tl.zeros([SHAPE.TOKENS, SHAPE.PARTS, KEYS // STRIDES], dtype=tl.float32)
+    for part in range(tl.minimum(SHAPE.PARTS, tl.cdiv(segment.stop * STRIDES - chunk * CHUNK, KEYS))):
+        window = (chunk * SHAPE.PARTS + part) * KEYS + tl.arange(0, KEYS)
+        slot = segment.first + (chunk * SHAPE.PARTS + part) * KEYS
+        there = window < segment.windows
+        k = load_keys(key, row, slot, head, there, C, H, SHAPE.K, KEYS, SHAPE.K_PARTS, DESCRIPTORS)
+        p = _group_probability(q, k, row_lse, SHAPE)
         p = tl.where(window[None, :] < seen[:, None], p, 0.0)
-        here = tl.arange(0, tile.PARTS)[None, :, None] == part
+        here = tl.arange(0, SHAPE.PARTS)[None, :, None] == part
         if STRIDES == 1:
             importance = tl.where(here, p[:, None, :], importance)
         else:
-            to_own, to_next = _over_blocks(p, tile, rule)
+            to_own, to_next = _over_blocks(p, SHAPE)
             importance = tl.where(here, to_own[:, None, :], importance)
-            if rule.WINDOW_STRIDES > 1:
+            if SHAPE.WINDOW_STRIDES > 1:
                 spill = tl.where(here, to_next[:, None, :], spill)
 
-    importance = tl.reshape(importance, [tile.TOKENS, BLOCKS])
-    if rule.WINDOW_STRIDES > 1:
-        spill = tl.reshape(spill, [tile.TOKENS, BLOCKS])
+    importance = tl.reshape(importance, [SHAPE.TOKENS, BLOCKS])
+    if SHAPE.WINDOW_STRIDES > 1:
+        spill = tl.reshape(spill, [SHAPE.TOKENS, BLOCKS])
         column = tl.arange(0, BLOCKS)[None, :]
-        before = tl.broadcast_to(tl.maximum(column - 1, 0), [tile.TOKENS, BLOCKS])
+        before = tl.broadcast_to(tl.maximum(column - 1, 0), [SHAPE.TOKENS, BLOCKS])
         importance += tl.where(column == 0, carry[:, None], tl.gather(spill, before, 1))
         carry = tl.sum(tl.where(column == BLOCKS - 1, spill, 0.0), 1)
     return importance, carry
@@ -192,7 +200,7 @@ def _compare(rank, list_rank, TOKENS: tl.constexpr):
 def _insert(rank, block, list_rank, list_block, TOKENS: tl.constexpr):
     """The list after a chunk of candidates, all [M, TOKENS, LANES]: `rank` (negative: none) of `block` [M, 1, LANES].
 
-    Of equal ranks the smaller block stays; chunks come in ascending order.
+    The smaller block of equal ranks stays; chunks come in ascending order.
     """
     best, worst, more = _compare(rank, list_rank, TOKENS)
     while more > 0:
@@ -207,26 +215,26 @@ def _insert(rank, block, list_rank, list_block, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _start_lists(queries, entry, rule):
+def _start_lists(queries, entry, SHAPE: tl.constexpr):
     """Ranks and blocks [LIST // LANES, TOKENS, LANES] of lists that hold the forced blocks, or all where all fit.
 
     Also the block before which candidates are [TOKENS], from INIT on. entry: 0 to LIST as [LIST // LANES, 1, LANES].
     """
     room, own = queries.room, queries.own
-    near = tl.minimum(own + 1, rule.LOCAL)
-    forced = near + tl.minimum(own + 1 - near, rule.INIT)
+    near = tl.minimum(own + 1, SHAPE.LOCAL)
+    forced = near + tl.minimum(own + 1 - near, SHAPE.INIT)
     all_fit = own < room
     fixed = entry < tl.where(all_fit, own + 1, tl.minimum(forced, room))[None, :, None]
     by_priority = tl.where(entry < near[None, :, None], own[None, :, None] - entry, entry - near[None, :, None])
     list_block = tl.where(fixed, tl.where(all_fit[None, :, None], entry, by_priority), NONE + entry)
     list_rank = tl.where(fixed | (entry >= room[None, :, None]), KEPT, -1)
-    return list_rank, list_block, tl.where(all_fit | (forced >= room), 0, own + 1 - rule.LOCAL)
+    return list_rank, list_block, tl.where(all_fit | (forced >= room), 0, own + 1 - SHAPE.LOCAL)
 
 
 @triton.jit
-def _ascending(list_block, entry, queries, tile):
+def _ascending(list_block, entry, queries, SHAPE: tl.constexpr):
     """[LIST // LANES, TOKENS, LANES]: the blocks of the lists in ascending order, then -1."""
-    chosen = tl.full([tile.LIST // LANES, tile.TOKENS, LANES], -1, dtype=tl.int32)
+    chosen = tl.full([SHAPE.LIST // LANES, SHAPE.TOKENS, LANES], -1, dtype=tl.int32)
     for i in range(tl.max(tl.minimum(queries.room, queries.own + 1), 0)):
         smallest = _smallest(list_block)
         chosen = tl.where((entry == i) & (smallest < NONE), smallest, chosen)
@@ -236,40 +244,52 @@ def _ascending(list_block, entry, queries, tile):
 
 @triton.jit
 def select(
-    query, compressed_key, lse, count, segment_start, own_block, key_begin, key_end, block_indices,
-    T: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK_STRIDES: tl.constexpr, WINDOW_STRIDES: tl.constexpr, INIT: tl.constexpr,
-    LOCAL: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    LIST: tl.constexpr, TILES: tl.constexpr, K_PARTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
+    query,
+    compressed_key,
+    lse,
+    count,
+    segment_start,
+    own_block,
+    key_begin,
+    key_end,
+    block_indices,
+    SHAPE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """block_indices int32 [B, T, H, S], ascending, then -1; count [B, T, H] is how many to choose. Grid: H * TILES * B.
 
-    own_block [B, T] is the block of its segment that holds the token. Constants: see `Rule`, `Tile` and shape.py.
+    own_block [B, T] is the block of its segment that holds the token. SHAPE is a `SelectionTileShape`; DESCRIPTORS:
+    whether keys are a tensor descriptor, not a pointer.
     """
-    shape = PortableShape(T, C, H, G, K, 0, SCALE, K_PARTS, (), PRECISION, DESCRIPTORS)  # there are no values
-    rule = Rule(S, BLOCK_STRIDES, WINDOW_STRIDES, INIT, LOCAL)
-    tile = Tile(TOKENS, HEADS, KEYS, PARTS, LIST)
+    T: tl.constexpr = SHAPE.T
+    H: tl.constexpr = SHAPE.H
+    G: tl.constexpr = SHAPE.G
+    K: tl.constexpr = SHAPE.K
+    INIT: tl.constexpr = SHAPE.INIT
+    TOKENS: tl.constexpr = SHAPE.TOKENS
+    HEADS: tl.constexpr = SHAPE.HEADS
+    TILES: tl.constexpr = SHAPE.TILES
     program = tl.program_id(0)
     head = program % H
-    nth = TILES - 1 - program // H % TILES  # late tokens see most: first
+    nth = TILES - 1 - program // H % TILES  # late tokens see most, so they go first
     row = (program // (H * TILES)).to(tl.int64)
     token = nth * TOKENS + tl.arange(0, TOKENS)
     inside = token < T
     index = row * T + token
-    queries = _load_queries(count, segment_start, own_block, key_begin, key_end, index, head, inside, shape)
+    queries = _load_queries(count, segment_start, own_block, key_begin, key_end, index, head, inside, SHAPE)
 
     query_row = tl.arange(0, TOKENS * HEADS)
     base = (row * T + nth * TOKENS) * (H * G) + head * G
     offset = query_row // HEADS * (H * G) + query_row % HEADS
     real = (nth * TOKENS + query_row // HEADS < T) & (query_row % HEADS < G)
-    q = load_rows(query + base * K, offset * K, real, K, K_PARTS)  # [TOKENS * HEADS, K]
+    q = load_rows(query + base * K, offset * K, real, K, SHAPE.K_PARTS)  # [TOKENS * HEADS, K]
     row_lse = tl.load(lse + base + offset, mask=real, other=float("inf")) * LOG2E
 
     lane = tl.arange(0, LANES)[None, None, :]
-    entry = tl.arange(0, LIST // LANES)[:, None, None] * LANES + lane
-    list_rank, list_block, stop = _start_lists(queries, entry, rule)
+    entry = tl.arange(0, SHAPE.LIST // LANES)[:, None, None] * LANES + lane
+    list_rank, list_block, stop = _start_lists(queries, entry, SHAPE)
 
-    BLOCKS: tl.constexpr = PARTS * KEYS // BLOCK_STRIDES
+    BLOCKS: tl.constexpr = SHAPE.PARTS * SHAPE.KEYS // SHAPE.BLOCK_STRIDES
     GROUPS: tl.constexpr = BLOCKS // LANES
     group = tl.arange(0, GROUPS)[:, None, None]
     waiting = tl.where(stop > INIT, queries.start, NOWHERE)
@@ -282,7 +302,7 @@ def select(
         carry = tl.zeros([TOKENS], dtype=tl.float32)
         for chunk in range(tl.cdiv(segment.stop, BLOCKS)):
             importance, carry = _importance(
-                compressed_key, q, row_lse, chunk, segment, queries.seen, carry, row, head, shape, tile, rule
+                compressed_key, q, row_lse, chunk, segment, queries.seen, carry, row, head, SHAPE, DESCRIPTORS
             )
             rank = tl.maximum(importance, 0.0).to(tl.int32, bitcast=True)  # NaN gives 0
             rank = tl.permute(tl.reshape(rank, [TOKENS, GROUPS, LANES]), (1, 0, 2))
@@ -292,6 +312,6 @@ def select(
         waiting = tl.where(mine, NOWHERE, waiting)
         start = tl.min(waiting, 0)
 
-    chosen = _ascending(list_block, entry, queries, tile)
-    pointers = block_indices + (index * H + head)[None, :, None] * S + entry
-    tl.store(pointers, chosen, mask=inside[None, :, None] & (entry < S))
+    chosen = _ascending(list_block, entry, queries, SHAPE)
+    pointers = block_indices + (index * H + head)[None, :, None] * SHAPE.S + entry
+    tl.store(pointers, chosen, mask=inside[None, :, None] & (entry < SHAPE.S))

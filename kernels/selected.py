@@ -157,9 +157,10 @@ def forward(
         if not SHAPE.AHEAD:
             first, wanted_by = _step(i, walk, SHAPE)
         where, k, v = _load_keys(first, walk, SHAPE, True, DESCRIPTORS)
-        live = _wanted(wanted_by, rows.local)
-        score = scores(q, k, SHAPE.SCALE, SHAPE.K_PARTS, PRECISION)  # [ROWS, KEYS]
-        peak, total, sums = online_step(score, live, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        # hidden, not shifted out of sight: the product with a key that is not seen may overflow
+        live = _wanted(wanted_by, rows.local)[:, None]
+        score = tl.where(live, scores(q, k, SHAPE.SCALE, SHAPE.K_PARTS, PRECISION), float("-inf"))  # [ROWS, KEYS]
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
         if SHAPE.AHEAD:
             first, wanted_by = _step(i + 1, walk, SHAPE)
 
@@ -170,15 +171,16 @@ def forward(
         if not SHAPE.AHEAD:
             first, wanted_by = _step(i, walk, SHAPE)
         where, k, v = _load_keys(first, walk, SHAPE, False, DESCRIPTORS)
-        live = _wanted(wanted_by, rows.local)
-        score = scores(q, k, SHAPE.SCALE, SHAPE.K_PARTS, PRECISION)
-        score = tl.where(where[None, :] <= rows.place[:, None], score, float("-inf"))
-        peak, total, sums = online_step(score, live, v, peak, total, sums, factor, V_PARTS, PRECISION)
+        product = scores(q, k, SHAPE.SCALE, SHAPE.K_PARTS, PRECISION)
+        seen = where[None, :] <= rows.place[:, None]
+        score = tl.where(seen & _wanted(wanted_by, rows.local)[:, None], product, float("-inf"))
+        peak, total, sums = online_step(score, v, peak, total, sums, factor, V_PARTS, PRECISION)
         if SHAPE.WINDOW > 0:
-            live = _wanted(wanted_by, rows.local + 16)
-            score = tl.where(where[None, :] > rows.place[:, None] - SHAPE.WINDOW, score, float("-inf"))
+            near = seen & _wanted(wanted_by, rows.local + 16)[:, None]
+            near = near & (where[None, :] > rows.place[:, None] - SHAPE.WINDOW)
+            score = tl.where(near, product, float("-inf"))
             sliding_peak, sliding_total, sliding_sums = online_step(
-                score, live, v, sliding_peak, sliding_total, sliding_sums, factor, V_PARTS, PRECISION
+                score, v, sliding_peak, sliding_total, sliding_sums, factor, V_PARTS, PRECISION
             )
         if SHAPE.AHEAD:
             first, wanted_by = _step(i + 1, walk, SHAPE)
@@ -238,7 +240,7 @@ def backward_query(
     do = load_rows(d_output + base * V, offset * V, inside, V, V_PARTS)  # [ROWS, V]
     row_lse, row_delta = load_statistics(output, do, lse, d_lse, delta, base, offset, inside, V, V_PARTS, HAS_D_LSE)
     row_weight = tl.load(weight + base + offset, mask=inside, other=0.0)
-    # of the rows: -inf where they see nothing, NaN where what they see is not finite
+    # -inf in rows that see nothing, NaN in rows that see something that is not finite
     state = row_lse
     if SHAPE.WINDOW > 0:
         near_lse, near_delta = load_statistics(
@@ -254,10 +256,9 @@ def backward_query(
         if not SHAPE.AHEAD:
             first, wanted_by = _step(i, walk, SHAPE)
         where, k, v = _load_keys(first, walk, SHAPE, True, DESCRIPTORS)
-        # one number per row hides all of it, which costs less than a mask
-        subtrahend = tl.where(_wanted(wanted_by, rows.local), row_lse, float("inf"))
-        p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SHAPE.SCALE * LOG2E) - subtrahend[:, None])  # [ROWS, KEYS]
+        p = tl.exp2(inner(q, k, K_PARTS, PRECISION) * (SHAPE.SCALE * LOG2E) - row_lse[:, None])  # [ROWS, KEYS]
         ds = p * (inner(do, v, V_PARTS, PRECISION) - row_delta[:, None])
+        ds = tl.where(_wanted(wanted_by, rows.local)[:, None], ds, 0.0)
         dq = accumulate(dq, ds, k, K_PARTS, PRECISION)
         if SHAPE.AHEAD:
             first, wanted_by = _step(i + 1, walk, SHAPE)

@@ -1,40 +1,21 @@
-"""The sizes that the kernels of the selected branch are compiled for, a value that the caller hands over as a constant.
-
-A frozen dataclass is one constant to Triton, to Gluon and to Triton's interpreter, and its fields and properties are
-constants too.
-"""
+"""The sizes that the kernels of the selected branch are compiled for, see shape.py."""
 
 import dataclasses
 
+from .shape import Shape, TileShape
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectedShape:
-    """Sizes of query [B, T, H * G, K], key [B, C, H, K] and value [B, C, H, V].
+class SelectedShape(Shape):
+    """What all these kernels have.
 
     Attributes:
-        T: queries of a batch row.
-        C: keys of a batch row.
-        H: key heads.
-        G: query heads of a key head.
-        K, V: width of keys and of values.
-        SCALE: factor on the scores.
         BLOCK: keys of a block.
         KEYS: keys of a tile; a block is PIECES such tiles.
     """
 
-    T: int
-    C: int
-    H: int
-    G: int
-    K: int
-    V: int
-    SCALE: float
     BLOCK: int
     KEYS: int
-
-    @property
-    def N(self) -> int:
-        return self.H * self.G
 
     @property
     def PIECES(self) -> int:
@@ -43,7 +24,7 @@ class SelectedShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ItemsShape(SelectedShape):
-    """For passes that go through `inverse.Items`.
+    """The sizes of passes that go through `inverse.Items`.
 
     Attributes:
         BLOCKS: most blocks of a batch row.
@@ -59,26 +40,19 @@ class ItemsShape(SelectedShape):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PortableShape(SelectedShape):
+class PortableShape(SelectedShape, TileShape):
     """What the portable kernels have beside that.
 
     Attributes:
         WINDOW: keys of the sliding window; 0 for none.
-        ROWS: query rows, (token, head of the group) pairs, of a tile.
-        K_PARTS, V_PARTS: widths of the tiles that hold keys and values, see tiles.py.
-        PRECISION: of float32 products.
     """
 
     WINDOW: int
-    ROWS: int
-    K_PARTS: tuple[int, ...]
-    V_PARTS: tuple[int, ...]
-    PRECISION: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryShape(PortableShape):
-    """For the passes of selected.py.
+    """The sizes of the passes of selected.py.
 
     Attributes:
         TOKENS: tokens of a tile.
@@ -97,12 +71,12 @@ class QueryShape(PortableShape):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyShape(PortableShape, ItemsShape):
-    """For the pass of selected_keys.py."""
+    """The sizes of the pass of selected_keys.py."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairedShape(SelectedShape):
-    """For the passes of sm90/selected.py.
+    """The sizes of the passes of sm90/selected.py.
 
     Attributes:
         TOKENS: tokens of a unit.
@@ -125,7 +99,7 @@ class PairedShape(SelectedShape):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyRingShape(ItemsShape):
-    """For the pass of sm90/selected_keys.py.
+    """The sizes of the pass of sm90/selected_keys.py.
 
     Attributes:
         STAGES: slots of the ring.

@@ -1,46 +1,51 @@
-"""The sizes that a kernel is compiled for, as one value that it passes on to its functions.
+"""The sizes that a kernel is compiled for, a value that the launch hands over as one constant, SHAPE.
 
-Both hold in Triton, in Gluon and in Triton's interpreter. A kernel builds one from its constants in its first line.
-Aggregates have no methods in Triton's interpreter: what portable kernels do with one is a function that takes it.
+A frozen dataclass is one constant to Triton, to Gluon and to Triton's interpreter, and its fields and properties are
+constants too, in the kernel and in the functions that it passes SHAPE on to. Each kernel derives its own from `Shape`.
 """
 
-import triton
-import triton.language as tl
+import dataclasses
 
 
-@triton.aggregate
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of the arrays: query [B, T, H * G, K], key [B, C, H, K], value [B, C, H, V].
+    """Sizes of query [B, T, N, K], key [B, C, H, K] and value [B, C, H, V].
 
     Attributes:
         T: queries of a batch row.
         C: keys of a batch row.
         H: kv heads.
-        G: query heads of a kv head.
-        K, V: key and value width.
+        G: query heads of a kv head; N = H * G.
+        K, V: key and value width; V is 0 where a kernel takes no values.
         SCALE: factor on the scores.
     """
 
-    T: tl.constexpr
-    C: tl.constexpr
-    H: tl.constexpr
-    G: tl.constexpr
-    K: tl.constexpr
-    V: tl.constexpr
-    SCALE: tl.constexpr
+    T: int
+    C: int
+    H: int
+    G: int
+    K: int
+    V: int = 0
+    SCALE: float
+
+    @property
+    def N(self) -> int:
+        return self.H * self.G
 
 
-@triton.aggregate
-class PortableShape(Shape):
-    """A `Shape`, and how the portable kernels load and multiply tiles of it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TileShape(Shape):
+    """A `Shape`, and the tiles in which the portable kernels load and multiply.
 
     Attributes:
+        ROWS: query rows of a tile.
+        KEYS: keys of a tile.
         K_PARTS, V_PARTS: powers of two into which the widths are cut, see tiles.py.
         PRECISION: of float32 products, Triton's `input_precision`.
-        DESCRIPTORS: whether keys (in key passes: queries and cotangents) are tensor descriptors, not pointers.
     """
 
-    K_PARTS: tl.tuple
-    V_PARTS: tl.tuple
-    PRECISION: tl.constexpr
-    DESCRIPTORS: tl.constexpr
+    ROWS: int
+    KEYS: int
+    K_PARTS: tuple[int, ...]
+    V_PARTS: tuple[int, ...] = ()
+    PRECISION: str

@@ -23,18 +23,12 @@ def scores(q, k, SCALE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def online_step(
-    score, live, value, peak, total, sums, FACTOR: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Takes in one tile: score [M, N] (-inf where hidden), value [N, V]; peak, total [M], sums [M, V] run along.
-
-    Rows that are not live [M] see nothing of the tile.
-    """
-    new_peak = tl.where(live, tl.maximum(peak, tl.max(score, 1) * FACTOR), peak)
+def online_step(score, value, peak, total, sums, FACTOR: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Takes in one tile: score [M, N] (-inf where hidden), value [N, V]; peak, total [M], sums [M, V] run along."""
+    new_peak = tl.maximum(peak, tl.max(score, 1) * FACTOR)
     seen_any = new_peak > float("-inf")
     shrink = tl.exp2(peak - tl.where(seen_any, new_peak, 0.0))
-    # one number per row hides all of it, which costs less than a mask
-    subtrahend = tl.where(live & seen_any, new_peak, float("inf"))
+    subtrahend = tl.where(seen_any, new_peak, float("inf"))
     p = tl.exp2(score * FACTOR - subtrahend[:, None])  # [M, N]
     total = total * shrink + tl.sum(p, 1)
     sums = accumulate(scaled(sums, shrink[:, None], V_PARTS), p, value, V_PARTS, PRECISION)
@@ -54,11 +48,21 @@ def finish_seen(peak, total, sums, sight, V_PARTS: tl.constexpr):
 
 @triton.jit
 def load_statistics(
-    output, do, lse, d_lse, delta, base, offset, inside,
-    V: tl.constexpr, V_PARTS: tl.constexpr, HAS_D_LSE: tl.constexpr,
-):  # fmt: skip
-    """Of the rows at base + offset [M], with the output's cotangent do [M, V]: the lse in base 2, and delta, which is
-    written too. A masked row has probability 0.
+    output,
+    do,
+    lse,
+    d_lse,
+    delta,
+    base,
+    offset,
+    inside,
+    V: tl.constexpr,
+    V_PARTS: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+):
+    """The lse in base 2 of the rows at base + offset [M], and delta, which it also writes.
+
+    do [M, V] is the output's cotangent. A masked row has probability 0.
 
     delta is what the gradients of a row's scores subtract, as in FlashAttention: rowsum(do * output) - d_lse. It is 0
     for a row that sees nothing, lse -inf: its lse is constant, whatever the cotangent holds.

@@ -29,9 +29,18 @@ def load_rows(base, offset, mask, D: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def load_keys(
-    source, row, first, head, inside, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    KEYS: tl.constexpr, PARTS: tl.constexpr, DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
+    source,
+    row,
+    first,
+    head,
+    inside,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
     """KEYS rows from `first` on of one row and head of [B, C, H, D], as a tuple of [KEYS, PARTS[i]] tiles.
 
     Those that are not `inside` [KEYS] may be anything, those from C on are zero. DESCRIPTOR: `source` is no pointer but

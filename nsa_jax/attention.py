@@ -11,7 +11,7 @@ from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
 from nsa_jax.rows.queries import Row, locate
 from nsa_jax.rows.segments import clear_padding
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
 
@@ -119,6 +119,7 @@ def native_sparse_attention(
         num_init_blocks=num_init_blocks,
         num_local_blocks=num_local_blocks,
         max_block_count=min(checks.max_block_count(max_block_count), num_blocks),
+        selects_all=block_indices is None and isinstance(block_counts, int) and block_counts >= num_blocks,
     )
     segment_ids = checks.segment_ids(segment_ids, *key.shape[:2])
     query_indices = checks.query_indices(query_indices, query)
@@ -138,7 +139,7 @@ def native_sparse_attention(
     return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
 
 
-@one_program
+@one_program_each
 def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
     """`native_sparse_attention` of checked arguments: the leaves of Arrays, PerBranch of gates, and Routing."""
     arrays, gates, routing = jax.tree.unflatten(tree, leaves)
@@ -146,8 +147,8 @@ def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
     gates = jax.tree.map(lambda gate: jnp.broadcast_to(gate, arrays.query.shape[:3]), gates)
     if row.packed or row.sliced:
         gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)
-    needs_windows = gates.compressed is not None or (gates.selected is not None and routing.block_indices is None)
-    if needs_windows and arrays.compressed_key is None:
+    selects = gates.selected is not None and routing.block_indices is None and not config.selects_all
+    if (gates.compressed is not None or selects) and arrays.compressed_key is None:
         windows = {"window": config.window, "stride": config.stride, "segment_ids": routing.segment_ids}
         compressed_key, compressed_value = (compress(x, **windows) for x in (arrays.key, arrays.value))
         arrays = arrays._replace(compressed_key=compressed_key, compressed_value=compressed_value)
@@ -155,7 +156,7 @@ def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
         from nsa_jax.gpu import whole
 
         return whole.attend(config, arrays, gates, routing)
-    outputs, _ = branches.run(_Reference(config, arrays, routing, row), arrays, gates, routing)
+    outputs, _ = branches.run(_Reference(config, arrays, routing, row), config, arrays, gates, routing)
     return branches.gated_sum(gates, outputs, arrays.query, arrays.value)
 
 
@@ -200,8 +201,14 @@ class _Reference:
             unclean=None if lse is None else branches.tainted(lse, key.shape[2]),
         )
 
+    def all_selected(self) -> tuple[Array, Array]:
+        return self._nearest(self.row.length)
+
     def sliding(self, outputs: PerBranch) -> tuple[Array, Array]:
+        return self._nearest(self.config.window_size)
+
+    def _nearest(self, window_size: int) -> tuple[Array, Array]:
         query, key, value, _, _ = self.arrays
         return reference.sliding_window_attention(
-            query, key, value, self.row, window_size=self.config.window_size, scale=self.config.scale
+            query, key, value, self.row, window_size=window_size, scale=self.config.scale
         )

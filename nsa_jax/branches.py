@@ -19,6 +19,7 @@ class Config(NamedTuple):
     num_init_blocks: int
     num_local_blocks: int
     max_block_count: int
+    selects_all: bool  # every block there can be, known without looking at data: nothing is to be selected
 
 
 class Arrays(NamedTuple):
@@ -67,12 +68,15 @@ class Implementation(Protocol):
     def selected(self, block_indices: Array, block_counts: Array | None, lse: Array | None) -> tuple[Array, Array]:
         """Output and lse of the selected branch; lse: by which the blocks were selected, if they were."""
 
+    def all_selected(self) -> tuple[Array, Array]:
+        """Output and lse of the selected branch where every block is selected."""
+
     def sliding(self, outputs: PerBranch) -> tuple[Array | None, Array]:
         """Output and lse of the sliding branch; outputs: of the branches before it."""
 
 
 def run(
-    implementation: Implementation, arrays: Arrays, gates: PerBranch, routing: Routing
+    implementation: Implementation, config: Config, arrays: Arrays, gates: PerBranch, routing: Routing
 ) -> tuple[PerBranch, PerBranch]:
     """Outputs and lse of the branches that have a gate."""
     outputs, lses = PerBranch(), PerBranch()
@@ -81,12 +85,15 @@ def run(
         output, lse = implementation.compressed()
         if gates.compressed is not None:
             outputs, lses = outputs._replace(compressed=output), lses._replace(compressed=lse)
-        if gates.selected is not None and block_indices is None:
+        if gates.selected is not None and block_indices is None and not config.selects_all:
             block_indices, block_counts = implementation.select(lse), None
         else:
             lse = None
     if gates.selected is not None:
-        output, lse = implementation.selected(block_indices, block_counts, lse)
+        if config.selects_all:
+            output, lse = implementation.all_selected()
+        else:
+            output, lse = implementation.selected(block_indices, block_counts, lse)
         outputs, lses = outputs._replace(selected=output), lses._replace(selected=lse)
     if gates.sliding is not None:
         output, lse = implementation.sliding(outputs)

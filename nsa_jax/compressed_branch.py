@@ -1,7 +1,7 @@
 """The compressed branch: attention to the windows of the query's segment that are complete."""
 
 import functools
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 
@@ -9,9 +9,43 @@ from nsa_jax import checks, meshes, reference
 from nsa_jax.branches import nothing_seen
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
+
+
+@overload
+def compressed_attention(
+    query: Array,
+    compressed_key: Array,
+    compressed_value: Array,
+    *,
+    window: int,
+    stride: int,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    key_length: int | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def compressed_attention(
+    query: Array,
+    compressed_key: Array,
+    compressed_value: Array,
+    *,
+    window: int,
+    stride: int,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    key_length: int | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def compressed_attention(
@@ -74,11 +108,10 @@ def compressed_attention(
         checks.segment_ids(segment_ids, query.shape[0], length),
         checks.query_indices(query_indices, query),
     )
-    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
-    return results if return_residual else results[0]
+    return meshes.partitioned_attention(attend, arrays, return_residual)
 
 
-@one_program
+@one_program_each
 def _attend(window, stride, length, scale, implementation, query, key, value, segment_ids, query_indices):
     """(output, lse) of checked arguments."""
     if window > length:

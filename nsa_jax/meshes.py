@@ -28,6 +28,12 @@ def partitioned(function: Callable, arrays: tuple, specs: Callable):
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*arrays)
 
 
+def partitioned_attention(function: Callable, arrays: tuple, return_residual: bool):
+    """As `partitioned`, for a function of a query and more to output and lse: both, or the output alone."""
+    output, lse = partitioned(function, arrays, attention_specs)
+    return (output, lse) if return_residual else output
+
+
 def attention_specs(query, *_) -> tuple[PartitionSpec, PartitionSpec]:
     """PartitionSpecs of output [B, Tq, N, V] and lse [B, Tq, N] by the axes of the query."""
     return PartitionSpec(*query[:3], None), PartitionSpec(*query[:3])

@@ -284,8 +284,10 @@ def _attend(
     scores = jnp.where(visible[:, :, None], _scores(query, keys.key, scale), -jnp.inf)  # [B, H, G, t, keys]
     # zero keys have no maximum, and no visible one has -inf
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, initial=-jnp.inf))
-    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
-    weights = jnp.exp(scores - peak[..., None])
+    overflown = jnp.isnan(peak) | (peak == jnp.inf)
+    lost |= of_queries(overflown)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = jnp.where(overflown[..., None], 0.0, jnp.exp(scores - peak[..., None]))
     total = weights.sum(axis=-1)
     total = jnp.where(total == 0, 1.0, total)
     output = jnp.einsum("bhgts,bshv->bthgv", weights, keys.value.astype(jnp.float32), precision=_precision())

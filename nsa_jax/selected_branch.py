@@ -1,15 +1,49 @@
 """Selected attention: every query attends to the blocks chosen for it (arXiv 2502.11089, equation 12)."""
 
 import functools
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 
 from nsa_jax import checks, meshes, reference
 from nsa_jax.rows.queries import locate
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
+
+
+@overload
+def selected_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_indices: Array,
+    *,
+    block_counts: Array | int | None = None,
+    block_size: int = 64,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def selected_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_indices: Array,
+    *,
+    block_counts: Array | int | None = None,
+    block_size: int = 64,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def selected_attention(
@@ -74,11 +108,10 @@ def selected_attention(
         checks.segment_ids(segment_ids, *key.shape[:2]),
         checks.query_indices(query_indices, query),
     )
-    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
-    return results if return_residual else results[0]
+    return meshes.partitioned_attention(attend, arrays, return_residual)
 
 
-@one_program
+@one_program_each
 def _attend(block_size, scale, implementation, query, key, value, block_indices, block_counts, *places):
     """(output, lse) of checked arguments; places: segment_ids and query_indices."""
     if implementation == "triton":

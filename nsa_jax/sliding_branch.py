@@ -1,7 +1,7 @@
 """The sliding branch: attention to the last `window_size` tokens of the query's segment."""
 
 import functools
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 
@@ -9,9 +9,39 @@ from nsa_jax import checks, meshes, reference
 from nsa_jax.branches import nothing_seen
 from nsa_jax.rows.intervals import sliding_intervals
 from nsa_jax.rows.queries import locate
-from nsa_jax.runtime.eager import one_program
+from nsa_jax.runtime.eager import one_program_each
 
 Array = jax.Array
+
+
+@overload
+def sliding_window_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def sliding_window_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    query_indices: Array | None = None,
+    implementation: Literal["triton", "xla"] | None = None,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def sliding_window_attention(
@@ -65,11 +95,10 @@ def sliding_window_attention(
         checks.segment_ids(segment_ids, *key.shape[:2]),
         checks.query_indices(query_indices, query),
     )
-    results = meshes.partitioned(attend, arrays, meshes.attention_specs)
-    return results if return_residual else results[0]
+    return meshes.partitioned_attention(attend, arrays, return_residual)
 
 
-@one_program
+@one_program_each
 def _attend(window_size, scale, implementation, query, key, value, segment_ids, query_indices):
     """(output, lse) of checked arguments."""
     if window_size == 0:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nsa_jax.runtime import launch
+
 # Float32 sums of some hundred products in another order: 2^-24 times about 100, relative to the largest element.
 TOLERANCE = 1e-5
 
@@ -128,3 +130,8 @@ def count_launches(function, *arrays):
     return len(
         re.findall(r"custom_call @\w*(?:triton_kernel_call|callback)", jax.jit(function).lower(*arrays).as_text())
     )
+
+
+def launch_alone(kernel, *arrays, warps=4, **options):
+    """What a kernel gives that is launched by itself; options: as `launch.launch` takes them."""
+    return launch.launch(kernel, *arrays, name="test", warps=warps, stages=1, flops=0, **options)

@@ -1,5 +1,6 @@
 """Every public op, on rows with padding and several segments, for tests of what must hold of all of them."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -99,4 +100,11 @@ def public_ops(implementation: str) -> dict[str, Op]:
     return ops
 
 
-EVERY_OP = [(f"{name}, {kind}", op) for kind in IMPLEMENTATIONS for name, op in public_ops(kind).items()]
+EVERY_OP = {f"{name}, {kind}": op for kind in IMPLEMENTATIONS for name, op in public_ops(kind).items()}
+
+
+@functools.cache
+def under_jit(name: str) -> list[jax.Array]:
+    """The leaves of output and gradients of an op of EVERY_OP."""
+    op = EVERY_OP[name]
+    return jax.tree.leaves(jax.jit(op.output_and_gradients)(*op.arrays))

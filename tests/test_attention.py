@@ -26,7 +26,8 @@ from cases import (
 from jax.sharding import PartitionSpec as P
 
 import nsa_jax
-from nsa_jax import native_sparse_attention, tiling
+from nsa_jax import native_sparse_attention
+from nsa_jax.gpu import selected
 
 GATES = ("compressed", "selected", "sliding")
 DRAWN = "drawn"  # stands for random integers
@@ -91,7 +92,7 @@ def test_matches_reference(case):
 
 
 def test_one_pass_equals_two(monkeypatch):
-    T, window_size, asked = 30, 17, []
+    T, window_size, asked = 46, 17, []  # of three blocks two are selected
 
     def never(*sizes):
         asked.append(sizes)
@@ -99,9 +100,9 @@ def test_one_pass_equals_two(monkeypatch):
 
     arrays, cotangent = drawn(1, 1, T, 2, 1, 16, 8, ("selected", "sliding")), normal(9, 1, T, 2, 8)
     options = {"block_size": 16, "block_counts": 2, "segment_ids": packing(T)[:1], "window_size": window_size}
-    assert tiling.selected_does_sliding(window_size, 16)
+    assert selected.does_sliding(window_size, 16)
     one, expected = both(arrays, cotangent, **options)
-    monkeypatch.setattr(tiling, "selected_does_sliding", never)
+    monkeypatch.setattr(selected, "does_sliding", never)
     two = value_and_gradients(attention("triton", **options), arrays, cotangent)
     assert (window_size, 16) in asked
     assert_close(one, expected)
@@ -321,3 +322,27 @@ def test_more_than_2_to_the_31_elements():
     end = jax.tree.map(lambda x: x[-1:, -last:], (arrays, cotangent))
     expected = float32_reference(*end, block_counts=16, **options)
     assert_small_error_ratio([x[-1:, -last:] for x in actual], expected, 0.005)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_every_block_selected(implementation, packed):
+    # that a number selects every block is known beforehand, that an array does is not: the same either way
+    T, N, H = 90, 4, 2
+    query, key, value, d_output = (normal(i, 1, T, heads, 16) for i, heads in enumerate((N, H, H, N)))
+    gates = [jax.nn.sigmoid(normal(4 + i, 1, T, N)) for i in range(2)]
+    segment_ids = jnp.repeat(jnp.asarray([3, -1, 4]), jnp.asarray([40, 3, 47]))[None] if packed else None
+
+    def loss(block_counts, query, key, value, gates):
+        output = nsa_jax.native_sparse_attention(
+            query, key, value, compressed_gate=gates[0], selected_gate=gates[1], sliding_gate=0.5, window_size=20,
+            block_counts=block_counts, block_size=16, segment_ids=segment_ids, implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(output * d_output), output
+
+    arrays = query, key, value, gates
+    differentiate = jax.value_and_grad(loss, argnums=(1, 2, 3, 4), has_aux=True)
+    actual = differentiate(6, *arrays)
+    expected = differentiate(jnp.full((1, T, H), 6), *arrays)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)

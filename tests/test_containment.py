@@ -313,6 +313,38 @@ def test_what_is_not_seen_does_not_count(name, sizes, implementation):
         check_containment(setting, program, victim, single=number == 1)
 
 
+def huge(x, where, seed):
+    """x with finite numbers where `where` whose products no float32 holds."""
+    drawn = np.random.default_rng(seed).choice([1e19, -1e19, 1e30, -1e30, 3e38, -3e38], x.shape)
+    return jnp.where(wide(where, x), jnp.asarray(drawn, x.dtype), x)
+
+
+@pytest.mark.parametrize("sizes", SIZES[:1])
+@pytest.mark.parametrize("name", OPS)
+def test_products_that_overflow_unseen_do_not_count(name, sizes, implementation):
+    """All is finite; the victim's queries are huge too, and its keys as small. What its segment's future gives to the
+    gradients of its keys and values is not looked at: those queries see what is huge."""
+    setting, program = prepared(name, sizes, implementation)
+    scale = 2.0**63
+    for b, start, end, stop in setting.victims()[:2]:
+        mine, rest = setting.masks(b, start, end), setting.masks(b, start, stop)["query"]
+        factors = {"query": scale, "key": 1 / scale, "compressed_key": 1 / scale}
+        own = {x: y * jnp.where(wide(mine[kind_of(x)], y), factors.get(x, 1), 1) for x, y in setting.floats.items()}
+        cotangents = tuple(cleared(x, rest & ~mine["query"]) for x in program.cotangents)
+        expected, expected_gradients = program.run(own, cotangents)
+        floats = {
+            name: x if name.endswith("gate") else huge(x, ~mine[kind_of(name)], i)
+            for i, (name, x) in enumerate(own.items())
+        }
+        results, gradients = program.run(floats, cotangents)
+        for actual, wanted in zip(results, expected, strict=True):
+            assert not np.isnan(bits(wanted)[mine["query"]]).any()
+            is_same(actual, wanted, mine["query"])
+        for name, gradient in gradients.items():
+            if kind_of(name) == "query" or end == stop:
+                is_same(gradient, expected_gradients[name], mine[kind_of(name)])
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("whole")])
 def test_who_sees_it_is_told_and_nobody_else(name, sizes, implementation):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from cases import assert_close, assert_same_bits, counts_of, normal, packing, qkv, row, run, spans
 
-from nsa_jax import selected_attention, tiling
+from nsa_jax import selected_attention
+from nsa_jax.gpu import selected_keys
 from nsa_jax.gpu.inverse import more_items
 
 # T, block_size, S, counts, G, H, K, V, packed
@@ -130,7 +131,7 @@ HOT = {"one item": (4, None), "several items": (40, None), "many blocks": (24, n
 
 @pytest.mark.parametrize("T, segment_ids", HOT.values(), ids=HOT)
 def test_hot_block(monkeypatch, T, segment_ids):
-    monkeypatch.setattr(tiling, "selected_chunk", lambda capability: 16)
+    monkeypatch.setattr(selected_keys, "chunk", lambda capability: 16)
     assert (more_items(T, T, 2, 16, 16, 48, sliced=False) > 0) == (T > 4)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     indices = jnp.zeros((1, T, 1, 2), jnp.int32)

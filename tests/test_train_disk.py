@@ -1,9 +1,12 @@
 """What a disk can hold, and lack: nothing that was there is lost."""
 
+import errno
 import json
 import os
+import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,7 +19,7 @@ import pytest
 from train_cases import arguments, write_data
 
 import nsa_jax.train.cli as cli
-from nsa_jax.train import loop
+from nsa_jax.train import loop, metrics
 from nsa_jax.train.checkpoint import Checkpoints
 from nsa_jax.train.folder import locked, set_aside, write_whole
 from nsa_jax.train.metrics import MetricsLog, plot_runs, read_metrics
@@ -197,6 +200,26 @@ with locked(pathlib.Path({str(tmp_path)!r})):
         pass
 
 
+def test_killed_at_any_moment_of_writing(tmp_path):
+    script = pathlib.Path(__file__).with_name("kill_sweep.py")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "9"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 9 and found[-1]["moment"] == found[-1]["most"]
+    for there in found:
+        assert there["status"] == -signal.SIGKILL, there
+        is_there = "9" in there["before"]
+        assert there["step"] == (9 if is_there else 6) and there["right"], there
+        assert is_there or {"3", "6"} <= set(there["before"]), there  # nothing goes before the new one is there
+        assert there["unfinished"] == [name for name in there["before"] if "tmp" in name], there
+        assert there["metrics"] in ([*range(1, 9)], [*range(1, 7)]), there
+        assert there["after"] == [str(there["step"]), "12"] or there["after"] == ["12", str(there["step"])], there
+    assert any(there["unfinished"] for there in found) and {there["step"] for there in found} == {6, 9}
+
+
 def test_nothing_is_renamed_onto_what_is_there(tmp_path):
     for number in range(3):
         (tmp_path / "metrics.jsonl").write_text(str(number))
@@ -231,6 +254,54 @@ def test_killed_before_the_first_checkpoint(untrained, capsys):
     assert "another run is at work" in capsys.readouterr().err
     assert start("--resume") == 2
     assert "checkpoint: none in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "status", "checkpoints"),
+    [
+        (metrics, "write_whole", 1, 2, []),  # as the run begins
+        (MetricsLog, "write", 1, 1, []),
+        (MetricsLog, "write", 2, 1, ["5"]),
+        (ocp.CheckpointManager, "save", 1, 1, []),
+        (ocp.CheckpointManager, "save", 3, 1, ["10", "5"]),
+        (loop, "write_whole", 1, 1, ["10", "12"]),  # the sample
+        (metrics, "write_whole", 2, 1, ["10", "12"]),  # the plot
+    ],
+)
+def test_a_disk_that_fills_up_ends_a_run_in_one_line(
+    tmp_path, monkeypatch, capsys, owner, name, call, status, checkpoints
+):
+    def step(state, *_):
+        return state.replace(step=state.step + 1), {
+            "loss": 1.0, "bits_per_byte": 1.0, "grad_norm": 1.0, "finite": True
+        }  # fmt: skip
+
+    write, calls = getattr(owner, name), []
+
+    def write_until_full(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "compile_step", lambda *_: step)
+    monkeypatch.setattr(loop, "make_sums", lambda *_: lambda *_: (1.0, 0.0, 1.0))
+    monkeypatch.setattr(loop, "generate", lambda *_, **__: "text")
+    monkeypatch.setattr(owner, name, write_until_full)
+    (tmp_path / "data").mkdir()
+    folder = tmp_path / "run"
+    given = ["--data", str(write_data(tmp_path / "data")), "--out", str(folder)]
+    assert cli.main([*arguments(steps=12), *given]) == status
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and os.strerror(errno.ENOSPC) in shown
+    assert kept(folder / "checkpoints") == checkpoints
+    if status == 1 and (not checkpoints or "12" not in checkpoints):
+        newest = max(checkpoints, key=int, default=None)
+        assert ("there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is kept") in shown
+    resumed = [*arguments(steps=12), *given, *(["--resume"] if checkpoints else [])]
+
+    assert cli.main(resumed) == 0
+    assert "12" in kept(folder / "checkpoints")
 
 
 def test_numbers_that_are_not_finite_end_the_run(tmp_path, capsys):

@@ -11,14 +11,14 @@ from triton.experimental.gluon import language as gl
 from ..select_blocks import KEPT, NONE
 from .ptx import or_of_thread
 
-LIST_WARPS = gl.constexpr(8)  # that keep lists
+LIST_WARPS = gl.constexpr(8)  # warps that keep lists
 
 
 @gluon.constexpr_function
 def by_token(tokens, groups):
     """[tokens, groups, 32]: tokens across warps, then registers; groups in registers, their members across lanes.
 
-    With fewer tokens than warps the last warps do what the first do.
+    If there are fewer tokens than warps, the last warps do what the first do.
     """
     bits = max(tokens, LIST_WARPS.value).bit_length() - 1
     token = [[1 << i, 0, 0] if 1 << i < tokens else [0, 0, 0] for i in range(bits)]
@@ -78,7 +78,7 @@ def start_lists(room, own, near, forced, all_fit, entry):
 def insert(rank, block, list_rank, list_block):
     """The lists [TOKENS, LIST / 32, 32] after candidates, `rank` [TOKENS, M, 32] (negative: none) of block [1, M, 32].
 
-    Of equal ranks the smaller block stays. Only the best candidate of each lane stands for election; once none of these
+    The smaller block of equal ranks stays. Only the best candidate of each lane stands for election; once none of these
     is better than what is in the list, those that were not elected before follow.
     """
     lane_rank, lane_block = _first_best(rank, block, 1)  # [TOKENS, 1, 32]

@@ -9,6 +9,8 @@ multiplied, and ptxas 13.0 makes wrong code of that (it overwrites a product's o
 product's).
 """
 
+import dataclasses
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,34 +20,38 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..shape import Shape
 from .ring import Ring, allocate_barriers
-from .rows import LN2, LOG2E, as_columns, as_rows, copy_rows, lanes, place_of, product_layout, store_rows
+from .rows import LN2, LOG2E, UnitShape, as_columns, as_rows, copy_rows, lanes, place_of, product_layout, store_rows
 
-WARPS = gl.constexpr(4)  # of a warpgroup
-ROWS = gl.constexpr(64)  # of a warpgroup
-KEYS = gl.constexpr(64)  # of a slot
+WARPS = gl.constexpr(4)  # a warpgroup's warps
+ROWS = gl.constexpr(64)  # query rows of a warpgroup
+KEYS = gl.constexpr(64)  # keys of a slot
 GROUPS = gl.constexpr(3)  # warpgroups
-UNIT = gl.constexpr(192)  # rows of all of them
+UNIT = gl.constexpr(192)  # query rows of all warpgroups
 SCORES = gl.constexpr(product_layout(64))
 ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 
 
-@gluon.aggregate
-class Units:
-    """The units of all programs: TILES of query rows for each head and batch row. Program i takes i, i + PROGRAMS, ..
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntervalShape(UnitShape):
+    """What the pass here has.
 
     Attributes:
-        key_begin, key_end: pointers, int32 [B, T]; the keys that each query sees.
-        sight: pointer, int8 [B, T, H], see ../interval.py.
+        OTHERS, KEEP: see `forward`.
     """
+
+    OTHERS: int
+    KEEP: bool
+    UNIT = UNIT.value
+
+
+@gluon.aggregate
+class Seen:
+    """Pointers: int32 [B, T], the keys that each query sees, and int8 [B, T, H], its sight, see ../interval.py."""
 
     key_begin: gl.tensor
     key_end: gl.tensor
     sight: gl.tensor
-    B: gl.constexpr
-    TILES: gl.constexpr
-    PROGRAMS: gl.constexpr
 
 
 @gluon.aggregate
@@ -80,8 +86,6 @@ class Outputs:
     other_gate: gl.tensor
     third: gl.tensor
     third_gate: gl.tensor
-    OTHERS: gl.constexpr
-    KEEP: gl.constexpr
 
 
 @gluon.constexpr_function
@@ -91,7 +95,7 @@ def _most_tokens(group):
 
 
 @gluon.jit
-def _intervals(units, unit, shape, PARTITION: gl.constexpr):
+def _intervals(seen, unit, shape, PARTITION: gl.constexpr):
     """The intervals of a unit's tokens, and which tokens there are; of the last unit where there is none.
 
     PARTITION: warps that ask, each of which gets all.
@@ -99,12 +103,12 @@ def _intervals(units, unit, shape, PARTITION: gl.constexpr):
     T: gl.constexpr = shape.T
     G: gl.constexpr = shape.G
     TOKENS: gl.constexpr = _most_tokens(G)
-    tile, _, row = place_of(gl.minimum(unit, units.TILES * shape.H * units.B - 1), shape.H, units.B, units.TILES)
+    tile, _, row = place_of(gl.minimum(unit, shape.UNITS - 1), shape)
     token = tile * UNIT // G + gl.arange(0, TOKENS, layout=lanes(TOKENS, PARTITION))
     real = (token < T) & (token * G < (tile + 1) * UNIT)
     base = row.to(gl.int64) * T
-    begin = gl.load(units.key_begin + base + token, mask=real, other=0)
-    return begin, gl.load(units.key_end + base + token, mask=real, other=0), real
+    begin = gl.load(seen.key_begin + base + token, mask=real, other=0)
+    return begin, gl.load(seen.key_end + base + token, mask=real, other=0), real
 
 
 @gluon.jit
@@ -121,10 +125,10 @@ def _whole(begin, end, real, C: gl.constexpr):
 
 
 @gluon.jit
-def _query_rows(units, unit, shape, GROUP: gl.constexpr, layout: gl.constexpr):
+def _query_rows(unit, shape, GROUP: gl.constexpr, layout: gl.constexpr):
     """A warpgroup's rows: where the first stands in [B, T, N], their offsets, tokens in [B, T], which are real."""
     G: gl.constexpr = shape.G
-    tile, head, row = place_of(unit, shape.H, units.B, units.TILES)
+    tile, head, row = place_of(unit, shape)
     at = tile * UNIT + GROUP * ROWS
     query_row = at + gl.arange(0, ROWS, layout=layout)
     token = query_row // G
@@ -148,8 +152,9 @@ def _by_row(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(query, key, value, shape, STAGES: gl.constexpr):
+def _allocate(query, key, value, shape):
     """The rings of queries, with two slots, and of keys."""
+    STAGES: gl.constexpr = shape.STAGES
     queries = gl.allocate_shared_memory(query.dtype, [2 * GROUPS, ROWS, shape.K], gl.NVMMASharedLayout(128, 16, 2))
     keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, shape.K], key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES, 1, KEYS, shape.V], value.layout)
@@ -174,15 +179,15 @@ def _copy_keys(ring, n, begin, end, key, value, row, head, shape):
 
 
 @gluon.jit
-def _copy(query, key, value, units, queries, ring, shape):
+def _copy(query, key, value, seen, queries, ring, shape):
     """The copying warp."""
     K: gl.constexpr = shape.K
     G: gl.constexpr = shape.G
     done = 0
     n = 0
-    for unit in range(gl.program_id(0), units.TILES * shape.H * units.B, units.PROGRAMS):
-        tile, head, row = place_of(unit, shape.H, units.B, units.TILES)
-        begin, end, _ = _intervals(units, unit, shape, 1)
+    for unit in range(gl.program_id(0), shape.UNITS, shape.PROGRAMS):
+        tile, head, row = place_of(unit, shape)
+        begin, end, _ = _intervals(seen, unit, shape, 1)
         queries.wait_empty(done)
         barrier = queries.expect(done, 2 * UNIT * K)
         for group in gl.static_range(GROUPS):
@@ -220,7 +225,7 @@ def _finish(peak, total, sums, sight):
 
 @gluon.constexpr_function
 def _coalesced(columns):
-    """Of rows of so many elements of two bytes: 16 bytes a thread, neighbours side by side."""
+    """The layout of rows of so many two-byte elements: 16 bytes a thread, neighbours side by side."""
     across = columns // 8
     return gl.BlockedLayout([1, 8], [32 // across, across], [WARPS.value, 1], [1, 0])
 
@@ -239,7 +244,7 @@ def _gate(gate, base, offset, inside):
 
 
 @gluon.jit
-def _store_gated_sum(own, queries, done, units, unit, outputs, shape, GROUP: gl.constexpr):
+def _store_gated_sum(own, queries, done, unit, outputs, shape, GROUP: gl.constexpr):
     """Stores what a warpgroup has, own [ROWS, V], if it is to be kept, and its gated sum with the other outputs.
 
     It goes through the shared memory of the warpgroup's queries, the slot `done`, which it gives back, so that each
@@ -253,19 +258,19 @@ def _store_gated_sum(own, queries, done, units, unit, outputs, shape, GROUP: gl.
     x = rows.load(layout)
     fence_async_shared()
     queries.release(done)
-    base, offset, _, inside = _query_rows(units, unit, shape, GROUP, gl.SliceLayout(1, layout))
+    base, offset, _, inside = _query_rows(unit, shape, GROUP, gl.SliceLayout(1, layout))
     sums = _gate(outputs.other_gate, base, offset, inside) * _read_rows(outputs.other, base, offset, inside, V, layout)
-    if outputs.OTHERS == 2:
+    if shape.OTHERS == 2:
         gate = _gate(outputs.third_gate, base, offset, inside)
         sums += gate * _read_rows(outputs.third, base, offset, inside, V, layout)
     sums += _gate(outputs.own_gate, base, offset, inside) * x.to(gl.float32)
     store_rows(outputs.total, base, offset, sums, inside, V, layout)
-    if outputs.KEEP:
+    if shape.KEEP:
         store_rows(outputs.output, base, offset, x, inside, V, layout)
 
 
 @gluon.jit
-def _attend(units, queries, ring, outputs, shape, GROUP: gl.constexpr):
+def _attend(seen, queries, ring, outputs, shape, GROUP: gl.constexpr):
     """The forward pass of a warpgroup."""
     K: gl.constexpr = shape.K
     V: gl.constexpr = shape.V
@@ -276,16 +281,16 @@ def _attend(units, queries, ring, outputs, shape, GROUP: gl.constexpr):
     nothing = gl.full([ROWS, KEYS], 0.0, gl.float32, SCORES)
     done = 0
     n = 0
-    begins, ends, real = _intervals(units, gl.program_id(0), shape, WARPS)
-    for unit in range(gl.program_id(0), units.TILES * shape.H * units.B, units.PROGRAMS):
+    begins, ends, real = _intervals(seen, gl.program_id(0), shape, WARPS)
+    for unit in range(gl.program_id(0), shape.UNITS, shape.PROGRAMS):
         first, last = _steps(begins, ends, shape.C)
         lower, upper = _whole(begins, ends, real, shape.C)
-        # of the next unit, to be there when it begins
-        begins, ends, real = _intervals(units, unit + units.PROGRAMS, shape, WARPS)
-        base, offset, token, inside = _query_rows(units, unit, shape, GROUP, ROW)
-        begin = gl.load(units.key_begin + token, mask=inside, other=0)
-        end = gl.load(units.key_end + token, mask=inside, other=0)
-        sight = gl.load(units.sight + token * shape.H + unit % shape.H, mask=inside, other=0)
+        # the next unit's intervals must be there when it begins
+        begins, ends, real = _intervals(seen, unit + shape.PROGRAMS, shape, WARPS)
+        base, offset, token, inside = _query_rows(unit, shape, GROUP, ROW)
+        begin = gl.load(seen.key_begin + token, mask=inside, other=0)
+        end = gl.load(seen.key_end + token, mask=inside, other=0)
+        sight = gl.load(seen.sight + token * shape.H + unit % shape.H, mask=inside, other=0)
         peak = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         weights = _parts(nothing)
         sums = gl.full([ROWS, V], 0.0, gl.float32, of_v)
@@ -323,36 +328,46 @@ def _attend(units, queries, ring, outputs, shape, GROUP: gl.constexpr):
         own, row_lse = _finish(peak, gl.convert_layout(gl.sum(weights, 1), ROW), sums, sight)
         gl.store(outputs.lse + base + offset, row_lse, mask=inside)
         own = own.to(dtype)
-        if outputs.OTHERS == 0:
+        if shape.OTHERS == 0:
             queries.release(done)
             store_rows(outputs.output, base, offset, own, inside, V, of_v)
         else:
-            _store_gated_sum(own, queries, done, units, unit, outputs, shape, GROUP)
+            _store_gated_sum(own, queries, done, unit, outputs, shape, GROUP)
         done += 1
 
 
 @gluon.jit
 def forward(
-    query, key, value, key_begin, key_end, sight, own_gate, other, other_gate, third, third_gate, output, lse, total,
-    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    B: gl.constexpr, SCALE: gl.constexpr, OTHERS: gl.constexpr, KEEP: gl.constexpr, TILES: gl.constexpr,
-    PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """output [B, T, N, V] and lse float32 [B, T, N], natural log. Grid: PROGRAMS.
+    query,
+    key,
+    value,
+    key_begin,
+    key_end,
+    sight,
+    own_gate,
+    other,
+    other_gate,
+    third,
+    third_gate,
+    output,
+    lse,
+    total,
+    SHAPE: gl.constexpr,
+):
+    """output [B, T, N, V] and lse float32 [B, T, N], natural log. SHAPE is an `IntervalShape`. Grid: PROGRAMS.
 
     With OTHERS, 1 or 2, also total [B, T, N, V], own_gate * output + other_gate * other + third_gate * third, the
     gates [B, T, N]; without KEEP output is then not written. Arguments that do not count are placeholders.
     """
-    shape = Shape(T, C, H, G, K, V, SCALE)
-    units = Units(key_begin, key_end, sight, B, TILES, PROGRAMS)
-    outputs = Outputs(output, lse, total, own_gate, other, other_gate, third, third_gate, OTHERS, KEEP)
-    queries, ring = _allocate(query, key, value, shape, STAGES)
+    seen = Seen(key_begin, key_end, sight)
+    outputs = Outputs(output, lse, total, own_gate, other, other_gate, third, third_gate)
+    queries, ring = _allocate(query, key, value, SHAPE)
     gl.warp_specialize(
         [
-            (_attend, (units, queries, ring, outputs, shape, 0)),
-            (_attend, (units, queries, ring, outputs, shape, 1)),
-            (_attend, (units, queries, ring, outputs, shape, 2)),
-            (_copy, (query, key, value, units, queries, ring, shape)),
+            (_attend, (seen, queries, ring, outputs, SHAPE, 0)),
+            (_attend, (seen, queries, ring, outputs, SHAPE, 1)),
+            (_attend, (seen, queries, ring, outputs, SHAPE, 2)),
+            (_copy, (query, key, value, seen, queries, ring, SHAPE)),
         ],
         [4, 4, 1],
         [160, 160, 24],

@@ -3,6 +3,8 @@
 See key_pass.py. A program has a tile of keys and one of SPLITS parts of the batch row's query rows.
 """
 
+import dataclasses
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
@@ -24,6 +26,25 @@ from .key_pass import (
 from .rows import copy_rows
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntervalKeyShape(Shape):
+    """What the pass here has.
+
+    Attributes:
+        B: batch rows.
+        SPLITS: parts into which the query rows of a batch row are cut.
+        STAGES: slots of the ring.
+    """
+
+    B: int
+    SPLITS: int
+    STAGES: int
+
+    @property
+    def TILES(self) -> int:
+        return -(-self.C // KEYS.value)
+
+
 @gluon.aggregate
 class Program:
     """What a program works on.
@@ -41,7 +62,6 @@ class Program:
     row: gl.tensor
     query_begin: gl.tensor
     query_end: gl.tensor
-    SPLITS: gl.constexpr
 
     @gluon.jit
     def intervals(self, shape, layout: gl.constexpr):
@@ -55,20 +75,23 @@ class Program:
     @gluon.jit
     def slots(self, begin, end, shape):
         """The slots of query rows [first, last) in the split that any key is seen by."""
-        SLOTS: gl.constexpr = (shape.T * shape.G + ROWS * self.SPLITS - 1) // (ROWS * self.SPLITS)
+        SLOTS: gl.constexpr = (shape.T * shape.G + ROWS * shape.SPLITS - 1) // (ROWS * shape.SPLITS)
         first = gl.min(gl.where(end > begin, begin, shape.T), 0) * shape.G // ROWS
         last = (gl.max(gl.where(end > begin, end, 0), 0) * shape.G + ROWS - 1) // ROWS
         return gl.maximum(first, self.split * SLOTS), gl.minimum(last, self.split * SLOTS + SLOTS)
 
 
 @gluon.jit
-def _program(query_begin, query_end, shape, TILES: gl.constexpr, SPLITS: gl.constexpr):
+def _program(query_begin, query_end, shape):
+    """The `Program` of this program."""
+    TILES: gl.constexpr = shape.TILES
+    SPLITS: gl.constexpr = shape.SPLITS
     program = gl.program_id(0)
-    # those that run together have the same split; late queries, which most tiles are seen by, first
+    # programs that run together have the same split; late queries, which see most tiles, go first
     split = SPLITS - 1 - program // TILES % SPLITS
     head = program // (TILES * SPLITS) % shape.H
     row = program // (TILES * SPLITS * shape.H)
-    return Program(program % TILES, split, head, row, query_begin, query_end, SPLITS)
+    return Program(program % TILES, split, head, row, query_begin, query_end)
 
 
 @gluon.jit
@@ -80,11 +103,9 @@ def _nth(n, first, last):
 
 
 @gluon.jit
-def _copy(
-    query, key, value, d_output, query_begin, query_end, tile, rows, shape, TILES: gl.constexpr, SPLITS: gl.constexpr
-):
+def _copy(query, key, value, d_output, query_begin, query_end, tile, rows, shape):
     """The copying warp."""
-    program = _program(query_begin, query_end, shape, TILES, SPLITS)
+    program = _program(query_begin, query_end, shape)
     tile.copy(0, key, value, program.row, program.tile * KEYS, program.head, shape)
     begin, end, _ = program.intervals(shape, LANES)
     first, last = program.slots(begin, end, shape)
@@ -96,9 +117,9 @@ def _copy(
 
 
 @gluon.jit
-def _bring(lse, delta, weight, query_begin, query_end, rows, shape, TILES: gl.constexpr, SPLITS: gl.constexpr):
+def _bring(lse, delta, weight, query_begin, query_end, rows, shape):
     """The warp that brings the rows' statistics."""
-    program = _program(query_begin, query_end, shape, TILES, SPLITS)
+    program = _program(query_begin, query_end, shape)
     G: gl.constexpr = shape.G
     begin, end, _ = program.intervals(shape, LANES)
     first, last = program.slots(begin, end, shape)
@@ -111,12 +132,9 @@ def _bring(lse, delta, weight, query_begin, query_end, rows, shape, TILES: gl.co
 
 
 @gluon.jit
-def _multiply(
-    query_begin, query_end, d_key, d_value, tile, rows, shape, B: gl.constexpr, TILES: gl.constexpr,
-    SPLITS: gl.constexpr,
-):  # fmt: skip
+def _multiply(query_begin, query_end, d_key, d_value, tile, rows, shape):
     """The multiplying warpgroup."""
-    program = _program(query_begin, query_end, shape, TILES, SPLITS)
+    program = _program(query_begin, query_end, shape)
     C: gl.constexpr = shape.C
     G: gl.constexpr = shape.G
     begin, end, inside = program.intervals(shape, gl.BlockedLayout([2], [32], [WARPS], [0]))
@@ -135,28 +153,36 @@ def _multiply(
             p = gl.where((token[None, :] >= begin[:, None]) & (token[None, :] < end[:, None]), p, 0.0)
         dk, dv = add_gradients(tile, rows, n, p, dk, dv, shape)
     dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
-    base = ((program.split.to(gl.int64) * B + program.row) * C + program.tile * KEYS) * shape.H + program.head
+    base = ((program.split.to(gl.int64) * shape.B + program.row) * C + program.tile * KEYS) * shape.H + program.head
     store_keys(d_key, base, C - program.tile * KEYS, dk * shape.SCALE, shape.H, shape.K)
     store_keys(d_value, base, C - program.tile * KEYS, dv, shape.H, shape.V)
 
 
 @gluon.jit
 def backward_key_value(
-    query, key, value, d_output, lse, delta, weight, query_begin, query_end, d_key, d_value,
-    T: gl.constexpr, C: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    B: gl.constexpr, SCALE: gl.constexpr, TILES: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    d_output,
+    lse,
+    delta,
+    weight,
+    query_begin,
+    query_end,
+    d_key,
+    d_value,
+    SHAPE: gl.constexpr,
+):
     """d_key, d_value [SPLITS, B, C, H, K|V], as ../interval.py's `backward_key_value` gives them.
 
-    Grid: TILES * SPLITS * H * B.
+    SHAPE is an `IntervalKeyShape`. Grid: TILES * SPLITS * H * B.
     """
-    shape = Shape(T, C, H, G, K, V, SCALE)
-    tile, rows = allocate(query, key, value, d_output, shape, STAGES)
+    tile, rows = allocate(query, key, value, d_output, SHAPE)
     gl.warp_specialize(
         [
-            (_multiply, (query_begin, query_end, d_key, d_value, tile, rows, shape, B, TILES, SPLITS)),
-            (_copy, (query, key, value, d_output, query_begin, query_end, tile, rows, shape, TILES, SPLITS)),
-            (_bring, (lse, delta, weight, query_begin, query_end, rows, shape, TILES, SPLITS)),
+            (_multiply, (query_begin, query_end, d_key, d_value, tile, rows, SHAPE)),
+            (_copy, (query, key, value, d_output, query_begin, query_end, tile, rows, SHAPE)),
+            (_bring, (lse, delta, weight, query_begin, query_end, rows, SHAPE)),
         ],
         [1, 1],
         [24, 24],

@@ -24,7 +24,7 @@ from .rows import LOG2E, as_columns, as_rows, product_layout
 WARPS = gl.constexpr(4)
 KEYS = gl.constexpr(64)
 ROWS = gl.constexpr(64)
-STATISTICS = gl.constexpr(3)  # of a row: lse in base 2, delta, weight
+STATISTICS = gl.constexpr(3)  # a row's lse in base 2, delta and weight
 SCORES = gl.constexpr(product_layout(64))
 KEY = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 ROW = gl.constexpr(gl.SliceLayout(0, SCORES.value))
@@ -83,14 +83,18 @@ class RowRing(Ring):
     def bring_statistics(self, n, lse, delta, weight, offset, real, shape):
         """Loads those of the rows at `offset` into the n-th slot, and sees to it that dead rows do not count.
 
-        A row with an lse of inf is dead: its query and its cotangent may hold anything. Where a slot has one, this warp
-        waits for the copies and overwrites such rows with zeros; then the slot is full. In place of rows that are not
-        real, rows that are finite must have been copied, or real ones of the same slot: they too are overwritten.
+        A row whose lse is not finite is dead, and may hold anything. Where a slot has one, this warp waits for copies
+        and overwrites such rows with zeros; then the slot is full. In place of rows that are not real, rows that are
+        finite must have been copied, or real ones of the same slot: they too are overwritten.
         """
-        row_lse = gl.load(lse + offset, mask=real, other=NOT_REAL) * LOG2E
+        row_lse = gl.load(lse + offset, mask=real, other=NOT_REAL)
         row_delta = gl.load(delta + offset, mask=real, other=0.0)
         row_weight = gl.load(weight + offset, mask=real, other=0.0)
-        any_dead = gl.max((row_lse == float("inf")).to(gl.int32), 0)
+        live = gl.abs(row_lse) < float("inf")
+        row_lse = gl.where(live, row_lse * LOG2E, float("inf"))
+        row_delta = gl.where(live, row_delta, 0.0)
+        row_weight = gl.where(live, row_weight, 0.0)
+        any_dead = gl.max((~live).to(gl.int32), 0)
         self.wait_empty(n)
         self.statistic(n, 0).store(row_lse)
         self.statistic(n, 1).store(row_delta)
@@ -105,8 +109,9 @@ class RowRing(Ring):
 
 
 @gluon.jit
-def allocate(query, key, value, d_output, shape, STAGES: gl.constexpr):
+def allocate(query, key, value, d_output, shape):
     """The `KeyTile` and the `RowRing` of a program."""
+    STAGES: gl.constexpr = shape.STAGES
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys = gl.allocate_shared_memory(key.dtype, [1, KEYS, shape.K], key.layout)
     values = gl.allocate_shared_memory(value.dtype, [1, KEYS, shape.V], value.layout)

@@ -1,13 +1,46 @@
 """What the kernels for Hopper (sm_90), written in Gluon, share: tiles in shared memory, copies of rows, the order of
 units."""
 
+import dataclasses
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from ..shape import Shape
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 WIDTH = gl.constexpr(64)  # columns of rows that are copied at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitShape(Shape):
+    """The sizes of kernels whose programs go through units, TILES for each head and batch row, each of UNIT query rows.
+
+    Program i takes the units i, i + PROGRAMS, .. A kernel's own shape has UNIT, as a constant of the class.
+
+    Attributes:
+        B: batch rows.
+        MULTIPROCESSORS: of the GPU, each of which holds one program.
+        STAGES: slots of the ring of keys.
+    """
+
+    B: int
+    MULTIPROCESSORS: int
+    STAGES: int
+
+    @property
+    def TILES(self) -> int:
+        return -(-self.T * self.G // self.UNIT)
+
+    @property
+    def UNITS(self) -> int:
+        return self.TILES * self.H * self.B
+
+    @property
+    def PROGRAMS(self) -> int:
+        return min(self.UNITS, self.MULTIPROCESSORS)
 
 
 @gluon.constexpr_function
@@ -23,8 +56,11 @@ def lanes(tokens, warps):
 
 
 @gluon.jit
-def place_of(unit, H: gl.constexpr, B: gl.constexpr, TILES: gl.constexpr):
+def place_of(unit, shape):
     """The tile, head and batch row of a unit; late tokens, which see most, first."""
+    H: gl.constexpr = shape.H
+    B: gl.constexpr = shape.B
+    TILES: gl.constexpr = shape.TILES
     return TILES - 1 - unit // (H * B), unit % H, unit // H % B
 
 

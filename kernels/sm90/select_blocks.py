@@ -7,6 +7,8 @@ probabilities over the group, and hand the sums (window_sums.py) to eight more w
 or at G = 64 half of them (`column_of`): their sum takes no other thread, or one.
 """
 
+import dataclasses
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,15 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..select_blocks import NONE, NOWHERE, Rule
-from ..shape import Shape
+from ..select_blocks import NONE, NOWHERE, SelectionShape
 from .block_ranks import LIST_WARPS, ascending, by_token, insert, numbered, same, start_lists
 from .ptx import load_word, shared_address, store_word
 from .ring import Ring, allocate_barriers
-from .rows import LOG2E, WIDTH, as_columns, as_rows, lanes, place_of, product_layout
+from .rows import LOG2E, WIDTH, UnitShape, as_columns, as_rows, lanes, place_of, product_layout
 from .window_sums import CHUNKS, GROUPS, KEYS, PARTS, ROWS, UNIT, WINDOWS, SumRing, column_of, neighbours
 
-WARPS = gl.constexpr(4)  # of a warpgroup
+WARPS = gl.constexpr(4)  # a warpgroup's warps
 NOTES = gl.constexpr(16)  # at least as many as there are slots
 SCORES = gl.constexpr(product_layout(128))
 COLUMN = gl.constexpr(gl.SliceLayout(0, SCORES.value))
@@ -33,19 +34,11 @@ LAST = gl.constexpr(8)  # a chunk's last
 END = gl.constexpr(16)  # none follows
 
 
-@gluon.aggregate
-class Grid:
-    """How units are spread over programs.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionUnitShape(SelectionShape, UnitShape):
+    """What the kernel here has."""
 
-    Attributes:
-        B: batch rows.
-        TILES: units of a batch row and head.
-        PROGRAMS: each of them takes every so many-th unit.
-    """
-
-    B: gl.constexpr
-    TILES: gl.constexpr
-    PROGRAMS: gl.constexpr
+    UNIT = UNIT.value
 
 
 @gluon.aggregate
@@ -75,7 +68,7 @@ class Queries:
     key_end: gl.tensor
 
     @gluon.jit
-    def waiting(self, unit, shape, rule, PARTITION: gl.constexpr):
+    def waiting(self, unit, shape, PARTITION: gl.constexpr):
         """The segment's first window, the block before which candidates are, and the segment's start where there are
         any, NOWHERE where not: all [TOKENS]. PARTITION: warps that ask, each of which gets all."""
         TOKENS: gl.constexpr = UNIT // shape.G
@@ -86,8 +79,8 @@ class Queries:
         own = gl.load(self.own_block + index, mask=real, other=0)
         start = gl.load(self.segment_start + index, mask=real, other=0)
         begin = gl.load(self.key_begin + index, mask=real, other=0)
-        _, _, _, stop = _limits(room, own, rule)
-        return begin, stop, gl.where(stop > rule.INIT, start, NOWHERE)
+        _, _, _, stop = _limits(room, own, shape)
+        return begin, stop, gl.where(stop > shape.INIT, start, NOWHERE)
 
 
 @gluon.aggregate
@@ -123,24 +116,20 @@ class KeyRing(Ring):
 
 
 @gluon.jit
-def _units(shape, grid):
-    return grid.TILES * shape.H * grid.B
-
-
-@gluon.jit
-def _unit(n, shape, grid):
-    tile, head, row = place_of(n, shape.H, grid.B, grid.TILES)
+def _unit(n, shape):
+    """The n-th `Unit`."""
+    tile, head, row = place_of(n, shape)
     return Unit(tile, head, row)
 
 
 @gluon.jit
-def _limits(room, own, rule):
+def _limits(room, own, shape):
     """How many local blocks and forced ones in all tokens have, whether all blocks fit into so much room, and the
     block before which candidates are, from INIT on."""
-    near = gl.minimum(own + 1, rule.LOCAL)
-    forced = near + gl.minimum(own + 1 - near, rule.INIT)
+    near = gl.minimum(own + 1, shape.LOCAL)
+    forced = near + gl.minimum(own + 1 - near, shape.INIT)
     all_fit = own < room
-    return near, forced, all_fit, gl.where(all_fit | (forced >= room), 0, own + 1 - rule.LOCAL)
+    return near, forced, all_fit, gl.where(all_fit | (forced >= room), 0, own + 1 - shape.LOCAL)
 
 
 @gluon.jit
@@ -184,13 +173,13 @@ def _copy_unit(query, lse, rows, n, unit, shape):
 
 
 @gluon.jit
-def _copy(query, key, lse, queries, rows, keys, shape, rule, grid):
+def _copy(query, key, lse, queries, rows, keys, shape):
     """The copying warp. It copies the queries of each unit that has candidates, then the keys of its windows."""
     done = 0
     n = 0
-    for i in range(gl.program_id(0), _units(shape, grid), grid.PROGRAMS):
-        unit = _unit(i, shape, grid)
-        begin, stop, waiting = queries.waiting(unit, shape, rule, 1)
+    for i in range(gl.program_id(0), shape.UNITS, shape.PROGRAMS):
+        unit = _unit(i, shape)
+        begin, stop, waiting = queries.waiting(unit, shape, 1)
         segment = gl.min(waiting, 0)
         if segment < NOWHERE:
             _copy_unit(query, lse, rows, done, unit, shape)
@@ -198,7 +187,7 @@ def _copy(query, key, lse, queries, rows, keys, shape, rule, grid):
             note = gl.to_tensor(FIRST)
             while segment < NOWHERE:
                 first, last = _segment(segment, waiting, begin, stop)
-                steps = (last * rule.BLOCK_STRIDES + KEYS - 1) // KEYS
+                steps = (last * shape.BLOCK_STRIDES + KEYS - 1) // KEYS
                 for j in range(steps):
                     keys.wait_empty(n)
                     ends = (j % PARTS == PARTS - 1) | (j == steps - 1)
@@ -232,7 +221,7 @@ def _score_on(score, note, n, done, chunk, row_lse, rows, keys, sums, shape, GRO
     if next_unit:
         done += 1
         rows.wait_full(done)
-    # after the last slot one that nobody reads
+    # after the last slot nobody reads the product
     product = _product(n + 1, done, rows, keys, shape, GROUP)
     part = note % PARTS
     chunk = sums.hand_over(score, row_lse, part, note & LAST != 0, chunk, GROUP, shape.SCALE * LOG2E, shape.G)
@@ -269,10 +258,11 @@ def _score(rows, keys, sums, shape, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _keep(queries, block_indices, sums, shape, rule, grid, LIST: gl.constexpr):
+def _keep(queries, block_indices, sums, shape):
     """The lists of the unit's tokens."""
+    LIST: gl.constexpr = shape.LIST
     TOKENS: gl.constexpr = UNIT // shape.G
-    BLOCKS: gl.constexpr = WINDOWS // rule.BLOCK_STRIDES
+    BLOCKS: gl.constexpr = WINDOWS // shape.BLOCK_STRIDES
     LISTS: gl.constexpr = by_token(TOKENS, LIST // 32)
     CANDIDATES: gl.constexpr = by_token(TOKENS, BLOCKS // 32)
     TOKEN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LISTS))
@@ -282,11 +272,11 @@ def _keep(queries, block_indices, sums, shape, rule, grid, LIST: gl.constexpr):
     column = numbered(BLOCKS, CANDIDATES)
     last_of_chunk = gl.full([1, 1, 1], BLOCKS - 1, gl.int32, CANDIDATES)
     # with two local blocks a window of a block before them ends before the query
-    HIDE: gl.constexpr = rule.WINDOW_STRIDES > 1 and rule.LOCAL < 2
+    HIDE: gl.constexpr = shape.WINDOW_STRIDES > 1 and shape.LOCAL < 2
     n = 0
-    for i in range(gl.program_id(0), _units(shape, grid), grid.PROGRAMS):
-        unit = _unit(i, shape, grid)
-        begin, stop, waiting = queries.waiting(unit, shape, rule, LIST_WARPS)
+    for i in range(gl.program_id(0), shape.UNITS, shape.PROGRAMS):
+        unit = _unit(i, shape)
+        begin, stop, waiting = queries.waiting(unit, shape, LIST_WARPS)
         inside = unit.tile * TOKENS + local < shape.T
         index = unit.row.to(gl.int64) * shape.T + unit.tile * TOKENS + local
         room = gl.load(queries.count + index * shape.H + unit.head, mask=inside, other=0)
@@ -294,7 +284,7 @@ def _keep(queries, block_indices, sums, shape, rule, grid, LIST: gl.constexpr):
         start = gl.load(queries.segment_start + index, mask=inside, other=0)
         seen = gl.load(queries.key_end + index, mask=inside, other=0)
         seen -= gl.load(queries.key_begin + index, mask=inside, other=0)
-        near, forced, all_fit, own_stop = _limits(room, own, rule)
+        near, forced, all_fit, own_stop = _limits(room, own, shape)
         list_rank, list_block = start_lists(room, own, near, forced, all_fit, entry)  # [TOKENS, LIST / 32, 32]
         seen = same(seen[:, None, None], CANDIDATES)
         segment = gl.min(waiting, 0)
@@ -303,28 +293,29 @@ def _keep(queries, block_indices, sums, shape, rule, grid, LIST: gl.constexpr):
             before = same(gl.where(start == segment, own_stop, 0)[:, None, None], CANDIDATES)
             carry = gl.zeros_like(seen).to(gl.float32)
             for first in range(0, last, BLOCKS):
-                chunk = sums.chunk(n, token, seen - first * rule.BLOCK_STRIDES, shape.G, HIDE)
-                importance = chunk.importance(column, carry, rule)
-                if rule.WINDOW_STRIDES > 1:
-                    carry = chunk.to_next(last_of_chunk, rule)
+                chunk = sums.chunk(n, token, seen - first * shape.BLOCK_STRIDES, shape.G, HIDE)
+                importance = chunk.importance(column, carry, shape)
+                if shape.WINDOW_STRIDES > 1:
+                    carry = chunk.to_next(last_of_chunk, shape)
                 sums.release(n)
                 n += 1
                 block = first + column
                 rank = gl.maximum(importance, 0.0).to(gl.int32, bitcast=True)  # NaN gives 0
-                rank = gl.where((block >= rule.INIT) & (block < before), rank, -1)
+                rank = gl.where((block >= shape.INIT) & (block < before), rank, -1)
                 list_rank, list_block = insert(rank, block, list_rank, list_block)
             waiting = gl.where(waiting == segment, NOWHERE, waiting)
             segment = gl.min(waiting, 0)
 
         target = ascending(list_block, entry, TOKENS, LIST)
-        pointers = block_indices + (index * shape.H + unit.head)[:, None, None] * rule.S + target
+        pointers = block_indices + (index * shape.H + unit.head)[:, None, None] * shape.S + target
         chosen = gl.where(list_block < NONE, list_block, -1)
-        gl.store(pointers, chosen, mask=inside[:, None, None] & (target < rule.S))
+        gl.store(pointers, chosen, mask=inside[:, None, None] & (target < shape.S))
 
 
 @gluon.jit
-def _allocate(query, key, shape, STAGES: gl.constexpr):
+def _allocate(query, key, shape):
     """The `RowRing`, the `KeyRing` and the `SumRing` of a program."""
+    STAGES: gl.constexpr = shape.STAGES
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     queries = gl.allocate_shared_memory(query.dtype, [2 * GROUPS, ROWS, shape.K], tile)
@@ -343,23 +334,29 @@ def _allocate(query, key, shape, STAGES: gl.constexpr):
 
 @gluon.jit
 def select(
-    query, compressed_key, lse, count, segment_start, own_block, key_begin, key_end, block_indices,
-    T: gl.constexpr, H: gl.constexpr, G: gl.constexpr, K: gl.constexpr, B: gl.constexpr, S: gl.constexpr,
-    SCALE: gl.constexpr, BLOCK_STRIDES: gl.constexpr, WINDOW_STRIDES: gl.constexpr, INIT: gl.constexpr,
-    LOCAL: gl.constexpr, LIST: gl.constexpr, TILES: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """block_indices int32 [B, T, H, S], as ../select_blocks.py gives them. Grid: PROGRAMS."""
-    shape = Shape(T, 0, H, G, K, 0, SCALE)  # the copies know how many keys there are; there are no values
-    rule = Rule(S, BLOCK_STRIDES, WINDOW_STRIDES, INIT, LOCAL)
-    grid = Grid(B, TILES, PROGRAMS)
+    query,
+    compressed_key,
+    lse,
+    count,
+    segment_start,
+    own_block,
+    key_begin,
+    key_end,
+    block_indices,
+    SHAPE: gl.constexpr,
+):
+    """block_indices int32 [B, T, H, S], as ../select_blocks.py gives them. Grid: PROGRAMS.
+
+    SHAPE is a `SelectionUnitShape`.
+    """
     queries = Queries(count, segment_start, own_block, key_begin, key_end)
-    rows, keys, sums = _allocate(query, compressed_key, shape, STAGES)
+    rows, keys, sums = _allocate(query, compressed_key, SHAPE)
     gl.warp_specialize(
         [
-            (_score, (rows, keys, sums, shape, 0)),
-            (_score, (rows, keys, sums, shape, 1)),
-            (_keep, (queries, block_indices, sums, shape, rule, grid, LIST)),
-            (_copy, (query, compressed_key, lse, queries, rows, keys, shape, rule, grid)),
+            (_score, (rows, keys, sums, SHAPE, 0)),
+            (_score, (rows, keys, sums, SHAPE, 1)),
+            (_keep, (queries, block_indices, sums, SHAPE)),
+            (_copy, (query, compressed_key, lse, queries, rows, keys, SHAPE)),
         ],
         [4, 8, 1],
         [136, 96, 24],

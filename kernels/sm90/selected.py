@@ -38,7 +38,7 @@ from .rows import LN2, LOG2E, as_columns, as_rows, store_rows
 WARPS = gl.constexpr(8)
 ROWS = gl.constexpr(128)
 HALF = gl.constexpr(32)  # keys that a warpgroup multiplies at once
-# of products of one warp: the result, the operand whose rows are the result's, the one whose columns are
+# layouts of one warp's product: the result, the operand that has its rows, the operand that has its columns
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
@@ -127,7 +127,7 @@ def _copy_blocks(key, value, walks, ring, KERNEL: gl.constexpr, SHAPE: gl.conste
     rank = rank_in_pair()
     meet()
     n = 0
-    phases = 0  # of `ready`, a bit per slot
+    phases = 0  # phases of `ready`, a bit per slot
     for pair in range(gl.program_id(0) // 2, SHAPE.UNITS, SHAPE.PROGRAMS):
         head = pair // SHAPE.TILES % SHAPE.H
         batch = pair // (SHAPE.TILES * SHAPE.H)
@@ -227,7 +227,7 @@ def _attend(query, place, walks, edges, sight, output, lse, ring, SHAPE: gl.cons
             first, wanted_by = first_ahead, wanted_ahead
             n += 1
         seen = gl.load(sight + rows.base // SHAPE.G + rows.local * SHAPE.H, mask=rows.inside, other=0)
-        # where the query is NaN, total is
+        # total is NaN where the query is
         sound = (seen == 1) & (total > 0.0)
         factor = gl.where(sound, 1.0 / total, float("nan"))
         result = gl.where((seen == 0)[:, None], 0.0, sums * factor[:, None])
@@ -270,9 +270,19 @@ class Branch:
 
 @gluon.jit
 def _differentiate(
-    query, branch, before, place, walks, edges, d_query, delta, ring,
-    SHAPE: gl.constexpr, HAS_D_LSE: gl.constexpr, HAS_BEFORE: gl.constexpr,
-):  # fmt: skip
+    query,
+    branch,
+    before,
+    place,
+    walks,
+    edges,
+    d_query,
+    delta,
+    ring,
+    SHAPE: gl.constexpr,
+    HAS_D_LSE: gl.constexpr,
+    HAS_BEFORE: gl.constexpr,
+):
     """The query pass of the eight warps."""
     KEYS: gl.constexpr = SHAPE.KEYS
     K: gl.constexpr = SHAPE.K

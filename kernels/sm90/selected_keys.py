@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
 
+from ..selected_keys import Ends, Items
 from .key_pass import (
     KEY,
     KEYS,
@@ -23,15 +24,13 @@ from .rows import WIDTH
 
 
 @gluon.aggregate
-class Items:
-    """Pointers to the arrays of `inverse.Items` that all partitions need, and to the first keys of the blocks."""
+class Gradients:
+    """Pointers to where results go, see `backward_key_value`."""
 
-    choosers: gl.tensor
-    block: gl.tensor
-    first: gl.tensor
-    count: gl.tensor
-    total: gl.tensor
-    block_begin: gl.tensor
+    key: gl.tensor
+    value: gl.tensor
+    key_more: gl.tensor
+    value_more: gl.tensor
 
 
 @gluon.aggregate
@@ -137,21 +136,7 @@ def _bring(lse, delta, weight, items, rows, shape):
 
 
 @gluon.jit
-def _multiply(
-    place,
-    items,
-    item_rank,
-    item_more,
-    block_end,
-    block_near,
-    d_key,
-    d_value,
-    d_key_more,
-    d_value_more,
-    tile,
-    rows,
-    shape,
-):
+def _multiply(place, items, ends, gradients, tile, rows, shape):
     """The multiplying warpgroup."""
     G: gl.constexpr = shape.G
     H: gl.constexpr = shape.H
@@ -163,7 +148,7 @@ def _multiply(
     for item in range(program.worker, program.total(shape), shape.PROGRAMS):
         block, choosers, count, first_key = program.item(item, shape)
         # a block's choosers are in the order of their places: only the first ones stand in it
-        near = gl.load(block_near + batch * shape.BLOCKS + block) - gl.load(item_rank + program.at + item)
+        near = gl.load(ends.near + batch * shape.BLOCKS + block) - gl.load(ends.rank + program.at + item)
         dk, dv = no_gradients(shape)
         tile.wait_full(done)
         done += 1
@@ -181,16 +166,16 @@ def _multiply(
         if count > 0:
             rows.release(n - 1)
         tile.release(0)
-        number = gl.load(item_more + program.at + item)
+        number = gl.load(ends.more + program.at + item)
         if number < 0:
             base = (batch.to(gl.int64) * shape.C + first_key) * H + head
-            inside = gl.load(block_end + batch * shape.BLOCKS + block) - first_key
-            store_keys(d_key, base, inside, dk * shape.SCALE, H, shape.K)
-            store_keys(d_value, base, inside, dv, H, shape.V)
+            inside = gl.load(ends.block_end + batch * shape.BLOCKS + block) - first_key
+            store_keys(gradients.key, base, inside, dk * shape.SCALE, H, shape.K)
+            store_keys(gradients.value, base, inside, dv, H, shape.V)
         else:
             base = ((batch * H + head).to(gl.int64) * shape.MORE + number) * BLOCK + program.piece * KEYS
-            store_keys(d_key_more, base, KEYS, dk * shape.SCALE, 1, shape.K)
-            store_keys(d_value_more, base, KEYS, dv, 1, shape.V)
+            store_keys(gradients.key_more, base, KEYS, dk * shape.SCALE, 1, shape.K)
+            store_keys(gradients.value_more, base, KEYS, dv, 1, shape.V)
 
 
 @gluon.jit
@@ -223,20 +208,16 @@ def backward_key_value(
 
     Grid: PIECES * PROGRAMS * H * B.
     """
-    tile, rows = allocate(query, key, value, d_output, SHAPE, SHAPE.STAGES)
+    tile, rows = allocate(query, key, value, d_output, SHAPE)
     items = Items(choosers, item_block, item_first, item_count, item_total, block_begin)
+    ends = Ends(item_rank, item_more, block_end, block_near)
+    gradients = Gradients(d_key, d_value, d_key_more, d_value_more)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    place, items, item_rank, item_more, block_end, block_near, d_key, d_value, d_key_more,
-                    d_value_more, tile, rows, SHAPE,
-                ),
-            ),
+            (_multiply, (place, items, ends, gradients, tile, rows, SHAPE)),
             (_copy, (query, d_output, key, value, items, tile, rows, SHAPE)),
             (_bring, (lse, delta, weight, items, rows, SHAPE)),
         ],
         [1, 1],
         [24, 24],
-    )  # fmt: skip
+    )

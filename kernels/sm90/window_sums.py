@@ -12,11 +12,11 @@ from .ring import Ring
 
 ROWS = gl.constexpr(128)  # query rows of a warpgroup
 GROUPS = gl.constexpr(2)  # warpgroups that multiply
-UNIT = gl.constexpr(256)  # query rows of both
+UNIT = gl.constexpr(256)  # query rows of both warpgroups
 KEYS = gl.constexpr(64)  # windows that are multiplied at once
-PARTS = gl.constexpr(4)  # times that a chunk has
-WINDOWS = gl.constexpr(256)  # of a chunk
-CHUNKS = gl.constexpr(2)  # in shared memory
+PARTS = gl.constexpr(4)  # parts of KEYS windows that a chunk has
+WINDOWS = gl.constexpr(256)  # windows of a chunk
+CHUNKS = gl.constexpr(2)  # chunks in shared memory
 
 
 @gluon.constexpr_function
@@ -110,25 +110,25 @@ class Chunk:
         return gl.where(window < self.seen, p, 0.0) if self.HIDE else p
 
     @gluon.jit
-    def to_next(self, block, rule):
+    def to_next(self, block, shape):
         """What the windows of blocks give to the blocks after them."""
-        STRIDES: gl.constexpr = rule.BLOCK_STRIDES
+        STRIDES: gl.constexpr = shape.BLOCK_STRIDES
         total = 0.0
-        for i in gl.static_range(STRIDES - rule.WINDOW_STRIDES + 1, STRIDES):
-            total += (i + rule.WINDOW_STRIDES - STRIDES) * self._window(block * STRIDES + i)
+        for i in gl.static_range(STRIDES - shape.WINDOW_STRIDES + 1, STRIDES):
+            total += (i + shape.WINDOW_STRIDES - STRIDES) * self._window(block * STRIDES + i)
         return total
 
     @gluon.jit
-    def importance(self, block, carry, rule):
+    def importance(self, block, carry, shape):
         """[TOKENS, M, 32]: the importance of blocks of the chunk. carry: what the chunk before gives to the first.
 
         The i-th window of a block shares min(WINDOW_STRIDES, BLOCK_STRIDES - i) strides with it, the rest with the next
         block.
         """
-        STRIDES: gl.constexpr = rule.BLOCK_STRIDES
-        total = min(rule.WINDOW_STRIDES, STRIDES) * self._window(block * STRIDES)
+        STRIDES: gl.constexpr = shape.BLOCK_STRIDES
+        total = min(shape.WINDOW_STRIDES, STRIDES) * self._window(block * STRIDES)
         for i in gl.static_range(1, STRIDES):
-            total += min(rule.WINDOW_STRIDES, STRIDES - i) * self._window(block * STRIDES + i)
-        if rule.WINDOW_STRIDES > 1:
-            total += gl.where(block == 0, carry, self.to_next(block - 1, rule))
+            total += min(shape.WINDOW_STRIDES, STRIDES - i) * self._window(block * STRIDES + i)
+        if shape.WINDOW_STRIDES > 1:
+            total += gl.where(block == 0, carry, self.to_next(block - 1, shape))
         return total

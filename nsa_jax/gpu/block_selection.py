@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 
+from nsa_jax import tiling
 from nsa_jax.gpu import backends
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import Row
 from nsa_jax.runtime import transforms
 
 Array = jax.Array
+
+
+def list_entries(count: int) -> int:
+    """Entries in a token's list, of which it uses at most `count`."""
+    return max(32, tiling.power_of_two(max(count, 1)))
 
 
 def select(
@@ -37,20 +43,23 @@ def select(
         compressed_key = jnp.zeros((B, 1, H, K), compressed_key.dtype)  # a kernel can be given it; nobody sees it
     backend = backends.block_selection(query, compressed_key, S, block_size // stride)
 
+    sizes = {
+        "T": Tq,
+        "C": compressed_key.shape[1],
+        "H": H,
+        "G": N // H,
+        "K": K,
+        "SCALE": scale,
+        "S": S,
+        "BLOCK_STRIDES": block_size // stride,
+        "WINDOW_STRIDES": window // stride,
+        "INIT": min(num_init_blocks, num_blocks),
+        "LOCAL": min(num_local_blocks, num_blocks),
+        "LIST": list_entries(S),
+    }
+
     def run(query, key, *arrays):
-        flops = query.shape[0] * N * Tq * key.shape[1] * K
-        return backend.select(
-            query,
-            key,
-            *arrays,
-            flops=flops,
-            S=S,
-            SCALE=scale,
-            BLOCK_STRIDES=block_size // stride,
-            WINDOW_STRIDES=window // stride,
-            INIT=min(num_init_blocks, num_blocks),
-            LOCAL=min(num_local_blocks, num_blocks),
-        )
+        return backend.select(query, key, *arrays, sizes=sizes, flops=query.shape[0] * N * Tq * key.shape[1] * K)
 
     block_indices = transforms.fold_vmap(run)(
         query,

@@ -34,7 +34,7 @@ class Branch(NamedTuple):
 class Statistics(NamedTuple):
     """What the pass of keys and values takes of its rows, float32 [B, Tq, N], queries in the order of their places.
 
-    A dead row, which sees nothing or whose result is NaN, has the lse inf: nothing of it counts.
+    A row that sees nothing or whose result is NaN is dead, which its lse tells: nothing of it counts.
     """
 
     lse: Array
@@ -44,13 +44,7 @@ class Statistics(NamedTuple):
 
 def statistics(row: Row, branch: Branch, delta: Array) -> Statistics:
     """The Statistics of a branch, with the delta that the pass of the queries gives."""
-    alive = jnp.isfinite(branch.lse)
-    values = (
-        jnp.where(alive, branch.lse, jnp.inf),
-        jnp.where(alive, delta, 0.0),
-        jnp.where(alive, branch.weight, 0.0),
-    )
-    return Statistics(*map(row.queries.in_order, values))
+    return Statistics(*map(row.queries.in_order, (branch.lse, delta, branch.weight)))
 
 
 def untouched(query: Array, before: Array | None) -> Array:

@@ -12,8 +12,8 @@ from nsa_jax.runtime import launch, transforms
 
 Array = jax.Array
 
-_ROWS = 32  # of a program that cleans
-_TOKENS, _KEYS = 32, 128  # of a program, a warp, that looks at intervals, and of a step of it
+_ROWS = 32  # keys of a program that cleans
+_TOKENS, _KEYS, _FEW = 128, 1024, 32  # sizes of a program that looks at intervals, see `see`
 
 
 class Cleaned(NamedTuple):
@@ -53,15 +53,17 @@ def clean(key: Array, value: Array, with_key: bool = True) -> Cleaned:
             warps=4,
             stages=1,
             flops=0,
-            COUNT=B * C * H,
-            C=C,
-            H=H,
-            K=K,
-            V=V,
-            WITH_KEY=with_key,
-            ROWS=_ROWS,
-            K_PARTS=tiling.parts(K),
-            V_PARTS=tiling.parts(V),
+            SHAPE=kernels.CleanShape(
+                COUNT=B * C * H,
+                C=C,
+                H=H,
+                K=K,
+                V=V,
+                K_PARTS=tiling.parts(K),
+                V_PARTS=tiling.parts(V),
+                ROWS=_ROWS,
+                WITH_KEY=with_key,
+            ),
         )
 
     clean_key, clean_value, unclean = transforms.fold_vmap(run)(key, value)
@@ -74,7 +76,7 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
 
     def run(key_begin, key_end, unclean):
         (B, T), (_, H, C) = key_begin.shape, unclean.shape
-        tiles = -(-T // _TOKENS)
+        shape = kernels.SeeShape(T=T, C=C, H=H, TOKENS=_TOKENS, KEYS=_KEYS, FEW=_FEW)
         return launch.launch(
             kernels.see,
             key_begin,
@@ -82,16 +84,11 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
             unclean,
             name="see",
             outputs=(jax.ShapeDtypeStruct((B, T, H), jnp.int8),),
-            programs=tiles * H * B,
-            warps=1,
+            programs=shape.TILES * H * B,
+            warps=4,
             stages=1,
             flops=0,
-            T=T,
-            C=C,
-            H=H,
-            TOKENS=_TOKENS,
-            KEYS=_KEYS,
-            TILES=tiles,
+            SHAPE=shape,
         )
 
     (seen,) = transforms.fold_vmap(run)(intervals.key_begin, intervals.key_end, unclean)

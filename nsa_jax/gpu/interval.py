@@ -83,9 +83,15 @@ def forward(
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, branch: Branch, seen: Seen, spec: Spec,
+    query: Array,
+    key: Array,
+    value: Array,
+    d_output: Array,
+    branch: Branch,
+    seen: Seen,
+    spec: Spec,
     before: Array | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """(d_query [B, Tq, N, K], added to `before` if given; delta float32 [B, Tq, N], for `backward_key_value`)."""
     if key.shape[1] == 0:
         return untouched(query, before), jnp.zeros_like(branch.lse)

@@ -51,6 +51,11 @@ class Routes(NamedTuple):
     sliding_sight: Array
 
 
+def does_sliding(window_size: int, block_size: int) -> bool:
+    """Whether the pass over the selected blocks does the sliding window too: while it touches at most two blocks."""
+    return 0 < window_size <= block_size + 1
+
+
 def route(query: Array, value: Array, unclean: Array, choice: Choice, spec: Spec) -> Routes:
     """The Routes of a choice; unclean: see `cleaning.Cleaned`."""
     walks = spec.backend.walk(choice, query, value, spec) if choice.wanted else None
@@ -68,9 +73,15 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], routes: Routes, spec: Spec,
+    query: Array,
+    key: Array,
+    value: Array,
+    d_output: Array,
+    branches: list[Branch],
+    routes: Routes,
+    spec: Spec,
     before: Array | None = None,
-) -> tuple[Array, list[Array]]:  # fmt: skip
+) -> tuple[Array, list[Array]]:
     """(d_query [B, Tq, N, K], added to `before` if given; deltas float32 [B, Tq, N] of the branches, for
     `backward_key_value`); branches as `forward` gives them, of which only the selected one's lse may have a cotangent.
     """
@@ -80,9 +91,15 @@ def backward_query(
 
 
 def backward_key_value(
-    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], deltas: list[Array],
-    routes: Routes, spec: Spec,
-) -> tuple[Array, Array]:  # fmt: skip
+    query: Array,
+    key: Array,
+    value: Array,
+    d_output: Array,
+    branches: list[Branch],
+    deltas: list[Array],
+    routes: Routes,
+    spec: Spec,
+) -> tuple[Array, Array]:
     """(d_key [B, T, H, K], d_value [B, T, H, V]); branches and deltas as in `backward_query`."""
     choice = routes.choice
     if choice.wanted == 0:

@@ -15,6 +15,8 @@ from nsa_jax.runtime import launch, transforms
 Array = jax.Array
 
 NOWHERE = 2**31 - 1  # stands for "no block" among first keys
+MOST_SORTED = 2048  # entries that the kernels sort: beyond, their code is too long to compile
+_ENTRIES = 512  # a program takes so many tiles that it has as many entries
 
 
 class Choice(NamedTuple):
@@ -162,23 +164,30 @@ def _launch(kernel, arrays, choice, tokens, parts, constants) -> list[Array]:
 
     def run(first_keys, *arrays):
         B, T, H, S = first_keys.shape
-        tiles = -(-T // tokens)
-        shape = (B, H, tiles, *parts, tokens * S // math.prod(parts))
         sides = tiling.power_of_two(tokens), tiling.power_of_two(S)
         entries = sides[0] * sides[1]
-        units = tiling.walk_units(entries)
         wide = length * 2 * sides[0] >= 2**31
-        is_sorted = entries > tiling.WALK_SORTS and not wide
+        is_sorted = entries > MOST_SORTED and not wide
         if is_sorted:
             first_keys = _sorted_keys(first_keys, tokens, constants["CHOSEN"], 2 * sides[0])
+        per_program = max(1, _ENTRIES // entries)
+        sizes = {"T": T, "H": H, "S": S, "TOKENS": tokens, "PER_PROGRAM": per_program}
+        shape = WalkShape(**sizes, WIDE=wide, SORTED=is_sorted, **constants)
+        tiles = B, H, shape.TILES
+        lists = *tiles, *parts, shape.ENTRIES // math.prod(parts)
         return launch.launch(
-            kernel, first_keys, *arrays, name="selected_walk",
-            outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape, shape[:3], shape[:3])],
-            programs=-(-tiles // units) * H * B, warps=tiling.walk_warps(entries), stages=1, flops=0,
-            SHAPE=WalkShape(
-                T=T, H=H, S=S, TOKENS=tokens, PER_PROGRAM=units, WIDE=wide, SORTED=is_sorted, **constants
-            ),
-        )  # fmt: skip
+            kernel,
+            first_keys,
+            *arrays,
+            name="selected_walk",
+            outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (lists, lists, tiles, tiles)],
+            programs=-(-shape.TILES // per_program) * H * B,
+            # a thread gets up to 8 entries, unless threads run out
+            warps=max(4, min(16, entries // 256)),
+            stages=1,
+            flops=0,
+            SHAPE=shape,
+        )
 
     return transforms.fold_vmap(run)(*arrays)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nsa_jax import branches, tiling
+from nsa_jax import branches
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import backends, block_selection, interval, selected
@@ -32,7 +32,7 @@ class _Specs(NamedTuple):
     """What is static about each branch."""
 
     compressed: interval.Spec
-    selected: SelectedSpec
+    selected: SelectedSpec | interval.Spec  # an interval where every block is selected
     sliding: interval.Spec
 
 
@@ -40,7 +40,7 @@ class _Seen(NamedTuple):
     """Who sees whom, per branch that is computed."""
 
     compressed: interval.Seen | None = None
-    selected: Routes | None = None
+    selected: Routes | interval.Seen | None = None
     sliding: interval.Seen | None = None  # None also where the selected branch's kernels do the window
 
 
@@ -57,22 +57,29 @@ def _attend(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) 
 def _in_one_pass(config: Config, gates: PerBranch) -> bool:
     """Whether the selected branch's kernels do the sliding branch too."""
     both = gates.selected is not None and gates.sliding is not None
-    return both and tiling.selected_does_sliding(config.window_size, config.block_size)
+    return both and not config.selects_all and selected.does_sliding(config.window_size, config.block_size)
 
 
 def _specs(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing) -> _Specs:
     query, key, value, compressed_key, _ = arrays
     precision, window = device.dot_precision(), config.window_size if _in_one_pass(config, gates) else 0
     of_interval = backends.interval(query, value, config.scale)
-    of_selected = backends.selected(query, value, config.scale, config.block_size, window)
-    reach = min(config.window_size, key.shape[1])
     slots = 0 if compressed_key is None else compressed_key.shape[1]
+
+    def nearest(branch, keys):
+        keys = min(keys, key.shape[1])
+        reach = keys if routing.query_indices is None else 0
+        return interval.Spec(branch, config.scale, precision, reach, keys, of_interval)
+
+    if config.selects_all:
+        of_selected = nearest("selected", key.shape[1])
+    else:
+        backend = backends.selected(query, value, config.scale, config.block_size, window)
+        of_selected = selected.Spec(config.block_size, config.scale, precision, window, backend)
     return _Specs(
         interval.Spec("compressed", config.scale, precision, 0, slots, of_interval),
-        selected.Spec(config.block_size, config.scale, precision, window, of_selected),
-        interval.Spec(
-            "sliding", config.scale, precision, reach if routing.query_indices is None else 0, reach, of_interval
-        ),
+        of_selected,
+        nearest("sliding", config.window_size),
     )
 
 
@@ -132,6 +139,12 @@ class _Kernels:
         self._near = near[0] if near else None
         return name_residuals("selected", *chosen)
 
+    def all_selected(self) -> tuple[Array, Array]:
+        seen = interval.see(self.row, sliding_intervals(self.row, self.row.length), self.unclean)
+        self.seen = self.seen._replace(selected=seen)
+        output, lse, _ = interval.forward(self.query, self.key, self.value, seen, self.specs.selected)
+        return name_residuals("selected", output, lse)
+
     def sliding(self, outputs: PerBranch) -> tuple[Array | None, Array]:
         if self._near is not None:
             return name_residuals("sliding", *self._near)
@@ -148,7 +161,7 @@ class _Kernels:
 def _forward(config: Config, arrays: Arrays, gates: PerBranch, routing: Routing, keep: bool):
     """(gated sum, arrays, outputs, lse, seen); unless `keep` an output may be lacking."""
     kernels = _Kernels(config, arrays, gates, routing, keep)
-    outputs, lses = branches.run(kernels, arrays, gates, routing)
+    outputs, lses = branches.run(kernels, config, arrays, gates, routing)
     total = kernels.total
     if total is None:
         total = branches.gated_sum(gates, outputs, arrays.query, arrays.value)
@@ -171,19 +184,24 @@ def _attend_backward(config, residuals, d_output):
         )
     )
     deltas, d_query, d_shared, d_compressed = PerBranch(), None, [], (None, None)
+
+    def of_interval(branch, keys, d_query):
+        """(d_query to which the branch's is added, d_key and d_value, deltas)."""
+        kept_of, seen_of, spec = (getattr(values, branch) for values in (kept, seen, specs))
+        arguments = query, *keys, d_output, kept_of
+        d_query, delta = interval.backward_query(*arguments, seen_of, spec, d_query)
+        d_keys = interval.backward_key_value(*arguments, delta, seen_of, spec)
+        return d_query, d_keys, deltas._replace(**{branch: delta})
+
     if kept.compressed is not None:
-        arguments = query, compressed_key, compressed_value, d_output, kept.compressed
-        d_query, delta = interval.backward_query(*arguments, seen.compressed, specs.compressed)
-        d_compressed = interval.backward_key_value(*arguments, delta, seen.compressed, specs.compressed)
-        deltas = deltas._replace(compressed=delta)
+        d_query, d_compressed, deltas = of_interval("compressed", (compressed_key, compressed_value), d_query)
     elif compressed_key is not None:
         d_compressed = jnp.zeros_like(compressed_key), jnp.zeros_like(compressed_value)
-    if seen.sliding is not None:
-        arguments = query, key, value, d_output, kept.sliding
-        d_query, delta = interval.backward_query(*arguments, seen.sliding, specs.sliding, d_query)
-        d_shared.append(interval.backward_key_value(*arguments, delta, seen.sliding, specs.sliding))
-        deltas = deltas._replace(sliding=delta)
-    if kept.selected is not None:
+    for branch in ("sliding", "selected") if config.selects_all else ("sliding",):
+        if getattr(seen, branch) is not None:
+            d_query, d_keys, deltas = of_interval(branch, (key, value), d_query)
+            d_shared.append(d_keys)
+    if kept.selected is not None and not config.selects_all:
         both = [kept.selected, kept.sliding] if _in_one_pass(config, gates) else [kept.selected]
         arguments = query, key, value, d_output, both
         d_query, in_pass = selected.backward_query(*arguments, seen.selected, specs.selected, d_query)

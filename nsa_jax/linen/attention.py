@@ -1,5 +1,7 @@
 """The attention layer: projections, rotary positions, compression, three branches, gates."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -51,7 +53,7 @@ class NativeSparseAttention(Projections):
     num_local_blocks: int = 2
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
-    implementation: str | None = None
+    implementation: Literal["triton", "xla"] | None = None
 
     @nn.compact
     def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -41,7 +41,7 @@ class TransformerConfig:
     num_kv_heads: int
     head_dim: int
     mlp_size: int | None = None
-    attention: str = "nsa"
+    attention: Literal["nsa", "dense"] = "nsa"
     block_size: int = 64
     block_counts: int = 16
     window_size: int = 512
@@ -52,7 +52,7 @@ class TransformerConfig:
     num_local_blocks: int = 2
     branches: tuple[str, ...] = BRANCHES
     separate_keys: bool = False
-    implementation: str | None = None
+    implementation: Literal["triton", "xla"] | None = None
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 _lock = threading.Lock()
 _turn = threading.Lock()  # among the threads that compile: who is not in a compiler
 _noted: dict[Hashable, Callable[[], object]] = {}
-_known: set[Hashable] = set()  # of those that were noted and are so no longer
+_known: set[Hashable] = set()  # noted once and compiled since
 _thread = threading.local()
 
 

@@ -14,6 +14,7 @@ import jax
 HOW_TO_INSTALL = "install nsa-jax on Linux with its extra cuda13 or cuda12"
 
 
+@functools.cache
 def triton_missing() -> str | None:
     """What keeps Triton kernels from being built here, or None."""
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]

@@ -186,9 +186,7 @@ def _descriptor(jax_triton, tiled: Tiled):
         from triton.experimental.gluon.language import NVMMASharedLayout
 
         layout = NVMMASharedLayout(128, 8 * tiled.array.dtype.itemsize, len(tiled.block_shape))
-    shape = tiled.array.shape
-    axes = tiled.axes or range(len(shape))
-    return jax_triton.TensorDescriptor(
-        tiled.array, tuple(shape[i] for i in axes), tuple(math.prod(shape[i + 1 :]) for i in axes), tiled.block_shape,
-        layout,
-    )  # fmt: skip
+    axes = tiled.axes or range(tiled.array.ndim)
+    shape, strides = tiled.array.shape, [math.prod(tiled.array.shape[i + 1 :]) for i in range(tiled.array.ndim)]
+    sides = tuple(shape[i] for i in axes), tuple(strides[i] for i in axes)
+    return jax_triton.TensorDescriptor(tiled.array, *sides, tiled.block_shape, layout)

@@ -23,8 +23,8 @@ from cases import (
 )
 
 import nsa_jax
-from nsa_jax import tiling
 from nsa_jax.gpu import backends
+from nsa_jax.gpu.sm90 import interval as sm90_interval
 
 BACKENDS = ("portable", "sm90")
 
@@ -83,7 +83,7 @@ def use(monkeypatch, kind, name, *arguments):
     if not backend.supports(*arguments):
         pytest.skip(f"not done by {name} here")
     monkeypatch.setattr(backends, kind, lambda *_: backend)
-    monkeypatch.setattr(tiling, "INTERVAL_HOPPER_KEYS", 0)  # Hopper's forward kernel for short rows too
+    monkeypatch.setattr(sm90_interval, "FEWEST_SEEN", 0)  # Hopper's forward kernel for short rows too
 
 
 def prepared(monkeypatch, name, shape):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits, normal
+from cases import assert_same_bits, launch_alone, normal
 
 from nsa_jax import tiling
 from nsa_jax.runtime import launch
@@ -40,44 +40,40 @@ class Portable:
 
         self.kernels, self.group, self.width, self.described = interval, group, width, described
 
-    def _launch(self, kernel, arrays, outputs, tiles, **constants):
+    def _sizes(self):
+        width = self.width
+        return {"T": T, "C": C, "H": H, "G": self.group, "K": width, "V": width, "SCALE": 0.3}
+
+    def _tile_sizes(self):
         parts = tiling.parts(self.width)
-        constants |= {"T": T, "C": C, "H": H, "G": self.group, "K": self.width, "V": self.width, "SCALE": 0.3}
-        return launch.launch(
-            kernel, *arrays, name="test", outputs=outputs, programs=tiles * H, warps=4, stages=1, flops=0,
-            K_PARTS=parts, V_PARTS=parts, PRECISION="ieee", **constants,
-        )  # fmt: skip
+        return self._sizes() | {"ROWS": 64, "KEYS": 16, "K_PARTS": parts, "V_PARTS": parts, "PRECISION": "ieee"}
 
     def _tiles(self, choose, kernel, side, *arrays):
         return choose(kernel, side, *arrays) if self.described else arrays
 
     def forward(self, query, key, value, begin, end, sight):
-        tiles = -(-T * self.group // 64)
-        keys = self._tiles(launch.key_tiles, self.kernels.forward, 16, key, value)
+        kernel, shape = self.kernels.forward, self.kernels.QueryShape(**self._tile_sizes())
+        keys = self._tiles(launch.key_tiles, kernel, 16, key, value)
         outputs = _like(query), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
         arrays = query, *keys, begin, end, sight
-        return self._launch(self.kernels.forward, arrays, outputs, tiles, ROWS=64, KEYS=16, TILES=tiles)
+        return launch_alone(kernel, *arrays, outputs=outputs, programs=shape.TILES * H, SHAPE=shape)
 
     def backward_query(self, query, key, value, output, d_output, lse, weight, begin, end, before=None):
-        tiles = -(-T * self.group // 64)
-        keys = self._tiles(launch.key_tiles, self.kernels.backward_query, 16, key, value)
+        kernel, shape = self.kernels.backward_query, self.kernels.QueryShape(**self._tile_sizes())
+        keys = self._tiles(launch.key_tiles, kernel, 16, key, value)
         other = query if before is None else before
         arrays = query, *keys, output, d_output, lse, lse, weight, other, begin, end
-        return self._launch(
-            self.kernels.backward_query, arrays, (_like(query), _like(lse)), tiles, ROWS=64, KEYS=16, TILES=tiles,
-            HAS_D_LSE=False, HAS_BEFORE=before is not None,
-        )  # fmt: skip
+        options = {"outputs": (_like(query), _like(lse)), "programs": shape.TILES * H, "SHAPE": shape}
+        return launch_alone(kernel, *arrays, **options, HAS_D_LSE=False, HAS_BEFORE=before is not None)
 
     def backward_key_value(self, query, key, value, d_output, lse, delta, weight, query_begin, query_end):
-        tiles = -(-C // 16)
-        rows = self.kernels.backward_key_value, 64, self.group, query, d_output
+        kernel = self.kernels.backward_key_value
+        shape = self.kernels.KeyShape(**self._tile_sizes(), B=1, SPLITS=1, AHEAD=True)
+        rows = kernel, 64, self.group, query, d_output
         query, d_output = launch.query_tiles(*rows) if self.described else (query, d_output)
         outputs = tuple(jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in (key, value))
         arrays = query, key, value, d_output, lse, delta, weight, query_begin, query_end
-        return self._launch(
-            self.kernels.backward_key_value, arrays, outputs, tiles, B=1, ROWS=64, KEYS=16, TILES=tiles, SPLITS=1,
-            AHEAD=True,
-        )  # fmt: skip
+        return launch_alone(kernel, *arrays, outputs=outputs, programs=shape.TILES * H, SHAPE=shape)
 
 
 class Hopper(Portable):
@@ -88,33 +84,31 @@ class Hopper(Portable):
     def __init__(self, group, width):
         super().__init__(group, width, described=True)
 
-    def _shape(self):
-        return {"T": T, "C": C, "H": H, "G": self.group, "K": self.width, "V": self.width, "B": 1, "SCALE": 0.3}
-
     def forward(self, query, key, value, begin, end, sight):
         from nsa_jax.kernels.sm90 import interval as kernels
 
-        tiles = -(-T * self.group // 192)
+        from nsa_jax.gpu.sm90 import interval
+
+        stages = interval.forward_stages(self.width, self.width)
+        shape = kernels.IntervalShape(**self._sizes(), B=1, MULTIPROCESSORS=2, STAGES=stages, OTHERS=0, KEEP=True)
         arrays = launch.row_pieces(query, self.group), launch.key_pieces(key), launch.key_pieces(value)
         outputs = _like(query), jax.ShapeDtypeStruct(query.shape[:3], jnp.float32), _like(query)
-        return launch.launch(
-            kernels.forward, *arrays, begin, end, sight, *[begin] * 5, name="test", outputs=outputs, programs=2,
-            warps=4, stages=1, flops=0, OTHERS=0, KEEP=True, TILES=tiles, PROGRAMS=2,
-            STAGES=tiling.interval_hopper_stages(self.width, self.width), **self._shape(),
-        )[:2]  # fmt: skip
+        arrays = *arrays, begin, end, sight, *[begin] * 5
+        return launch_alone(kernels.forward, *arrays, outputs=outputs, programs=shape.PROGRAMS, SHAPE=shape)[:2]
 
     def backward_key_value(self, query, key, value, d_output, lse, delta, weight, query_begin, query_end):
         from nsa_jax.kernels.sm90 import interval_keys as kernels
 
-        tiles = -(-C // 64)
+        from nsa_jax.gpu.sm90 import key_pass
+
+        stages = key_pass.stages(self.width, self.width)
+        shape = kernels.IntervalKeyShape(**self._sizes(), B=1, SPLITS=1, STAGES=stages)
         outputs = tuple(jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in (key, value))
-        return launch.launch(
-            kernels.backward_key_value, launch.row_pieces(query, self.group), launch.key_pieces(key),
-            launch.key_pieces(value), launch.row_pieces(d_output, self.group), lse, delta, weight, query_begin,
-            query_end, name="test", outputs=outputs, programs=tiles * H, warps=4, stages=1,
-            registers=tiling.HOPPER_KEYS_REGISTERS, flops=0, TILES=tiles, SPLITS=1,
-            STAGES=tiling.hopper_keys_stages(self.width, self.width), **self._shape(),
-        )  # fmt: skip
+        query, d_output = (launch.row_pieces(x, self.group) for x in (query, d_output))
+        keys = launch.key_pieces(key), launch.key_pieces(value)
+        arrays = query, *keys, d_output, lse, delta, weight, query_begin, query_end
+        options = {"outputs": outputs, "programs": shape.TILES * H, "registers": key_pass.REGISTERS}
+        return launch_alone(kernels.backward_key_value, *arrays, **options, SHAPE=shape)
 
 
 def _like(x):
@@ -203,8 +197,8 @@ def test_backward_key_value(kernels, rows):
     output, lse = kernels.forward(query, key, value, begin, end, jnp.minimum(sight, 1))
     weight = normal(7, *lse.shape)
     _, delta = kernels.backward_query(query, key, value, output, d_output, lse, weight, begin, end)
-    lse = jnp.where(dead | jnp.isinf(lse), jnp.inf, lse)
-    delta, weight = (jnp.where(lse == jnp.inf, 0.0, x) for x in (delta, weight))
+    lse = jnp.where(dead, jnp.nan, lse)  # -inf where nothing is seen
+    delta, weight = (jnp.where(jnp.isfinite(lse), x, jnp.nan) for x in (delta, weight))
     clean_rows = [jnp.where(dead[..., None], 0.0, x).astype(x.dtype) for x in (query, d_output)]
     clean = kernels.backward_key_value(clean_rows[0], key, value, clean_rows[1], lse, delta, weight, *by_key)
     assert not any(np.isnan(x).any() for x in clean)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_same_bits, assert_small_error_ratio, normal
+from cases import assert_close, assert_same_bits, assert_small_error_ratio, launch_alone, normal
 
 from nsa_jax import tiling
+from nsa_jax.gpu.sm90 import key_pass, selected
 from nsa_jax.runtime import launch
 
 H, S, SCALE, NOWHERE = 2, 3, 0.3, 2**31 - 1
@@ -109,12 +110,14 @@ class Portable:
         self.case = case
 
     def _shape(self, **sizes):
-        case = self.case
-        parts = tiling.parts(case.width)
-        return dict(
-            T=case.T, C=case.C, H=H, G=case.group, K=case.width, V=case.width, SCALE=SCALE, BLOCK=case.block,
-            WINDOW=case.window, K_PARTS=parts, V_PARTS=parts, PRECISION="ieee", KEYS=16, **sizes,
-        )  # fmt: skip
+        parts = tiling.parts(self.case.width)
+        sizes |= {"WINDOW": self.case.window, "K_PARTS": parts, "V_PARTS": parts, "PRECISION": "ieee", "KEYS": 16}
+        return self._sizes() | sizes
+
+    def _sizes(self):
+        case, width = self.case, self.case.width
+        sizes = {"T": case.T, "C": case.C, "H": H, "G": case.group, "K": width, "V": width}
+        return sizes | {"SCALE": SCALE, "BLOCK": case.block}
 
     def walks(self, kernel, tokens, parts=()):
         from nsa_jax.kernels import block_lists
@@ -122,17 +125,13 @@ class Portable:
         case = self.case
         first_keys, place = jnp.asarray(case.first_keys)[None], jnp.asarray(case.place, jnp.int32)[None]
         entries = case.first_keys.shape[2]
-        shape = block_lists.WalkShape(
-            T=case.T, H=H, S=entries, CHOSEN=S, BLOCK=case.block, WINDOW=case.window, TOKENS=tokens, PER_PROGRAM=2,
-            WIDE=False, SORTED=False,
-        )  # fmt: skip
-        start = [jnp.asarray(case.start, jnp.int32)[None]] if parts else []
+        sizes = {"T": case.T, "H": H, "S": entries, "CHOSEN": S, "BLOCK": case.block, "WINDOW": case.window}
+        shape = block_lists.WalkShape(**sizes, TOKENS=tokens, PER_PROGRAM=2, WIDE=False, SORTED=False)
+        starts = [jnp.asarray(case.start, jnp.int32)[None]] if parts else []
         lists = 1, H, shape.TILES, *parts, shape.ENTRIES // (2 if parts else 1)
-        return launch.launch(
-            getattr(block_lists, kernel), first_keys, place, *start,
-            name="test", outputs=[jax.ShapeDtypeStruct(s, jnp.int32) for s in (lists, lists, lists[:3], lists[:3])],
-            programs=-(-shape.TILES // 2) * H, warps=4, stages=1, flops=0, SHAPE=shape,
-        )  # fmt: skip
+        outputs = [jax.ShapeDtypeStruct(s, jnp.int32) for s in (lists, lists, lists[:3], lists[:3])]
+        options = {"outputs": outputs, "programs": -(-shape.TILES // 2) * H, "SHAPE": shape}
+        return launch_alone(getattr(block_lists, kernel), first_keys, place, *starts, **options)
 
     def _walk(self, kernel, arrays, outputs, last=(), **constants):
         from nsa_jax.kernels import selected_shape
@@ -142,12 +141,9 @@ class Portable:
             **self._shape(TOKENS=tokens, ROWS=16, ENTRIES=tokens * self.case.first_keys.shape[2], AHEAD=True)
         )
         query, key, value, *arrays = arrays
-        return launch.launch(
-            kernel, query, *launch.key_tiles(kernel, 16, key, value), *arrays,
-            jnp.asarray(self.case.place, jnp.int32)[None], *self.walks("walk", tokens), *last,
-            name="test", outputs=outputs, programs=shape.TILES * H, warps=4, stages=1, flops=0, SHAPE=shape,
-            **constants,
-        )  # fmt: skip
+        place = jnp.asarray(self.case.place, jnp.int32)[None]
+        arrays = *launch.key_tiles(kernel, 16, key, value), *arrays, place, *self.walks("walk", tokens), *last
+        return launch_alone(kernel, query, *arrays, outputs=outputs, programs=shape.TILES * H, SHAPE=shape, **constants)
 
     def forward(self, query, key, value, sight):
         """[(output, lse)] of the branches."""
@@ -174,8 +170,8 @@ class Portable:
         assert (np.diff(case.place) >= 0).all()
         ends = [*case.starts[1:], case.C]
         begin = np.concatenate([np.arange(a, b, case.block) for a, b in zip(case.starts, ends, strict=True)])
-        end = np.minimum(begin + case.block, np.repeat(ends, [-(-(b - a) // case.block) for a, b in
-                                                              zip(case.starts, ends, strict=True)]))  # fmt: skip
+        of_segment = [-(-(b - a) // case.block) for a, b in zip(case.starts, ends, strict=True)]
+        end = np.minimum(begin + case.block, np.repeat(ends, of_segment))
         choosers, columns, further, total = [], [[] for _ in range(H)], [0] * H, []
         for h in range(H):
             for m, first in enumerate(begin):
@@ -213,12 +209,9 @@ class Portable:
 
         arrays, sizes = self.items(chunk=11)
         shape = selected_shape.KeyShape(**self._shape(ROWS=16, PROGRAMS=3, **sizes))
-        outputs = self._outputs(sizes)
-        results = launch.launch(
-            selected_keys.backward_key_value, query, key, value, d_output, *rows[0], *rows[-1], *arrays,
-            name="test", outputs=outputs, programs=shape.PIECES * 3 * H, warps=4, stages=1, flops=0, SHAPE=shape,
-        )  # fmt: skip
-        return self.gathered(*results, arrays)
+        inputs = query, key, value, d_output, *rows[0], *rows[-1], *arrays
+        options = {"outputs": self._outputs(sizes), "programs": shape.PIECES * 3 * H, "SHAPE": shape}
+        return self.gathered(*launch_alone(selected_keys.backward_key_value, *inputs, **options), arrays)
 
     def _outputs(self, sizes):
         case = self.case
@@ -231,11 +224,7 @@ class Hopper(Portable):
     """Launches of kernels/sm90/selected.py and selected_keys.py."""
 
     def _sizes(self):
-        case = self.case
-        return {
-            "T": case.T, "C": case.C, "H": H, "G": case.group, "K": case.width, "V": case.width, "SCALE": SCALE,
-            "BLOCK": case.block, "KEYS": 64,
-        }  # fmt: skip
+        return super()._sizes() | {"KEYS": 64}
 
     def _walk(self, kernel, arrays, outputs, last=(), **constants):
         from nsa_jax.kernels import selected_shape
@@ -243,16 +232,13 @@ class Hopper(Portable):
         case, tokens = self.case, 128 // self.case.group
         walks = self.walks("walk_in_pairs", 2 * tokens, (2,))
         pairs = walks[0].shape[2]
-        shape = selected_shape.PairedShape(
-            **self._sizes(), TOKENS=tokens, ENTRIES=tokens * S, TOGETHER=tiling.hopper_together(case.group),
-            TILES=pairs, UNITS=pairs * H, PROGRAMS=2, STAGES=3,
-        )  # fmt: skip
+        sizes = {"TOKENS": tokens, "ENTRIES": tokens * S, "TOGETHER": selected.together(case.group)}
+        sizes |= {"TILES": pairs, "UNITS": pairs * H, "PROGRAMS": 2, "STAGES": 3}
+        shape = selected_shape.PairedShape(**self._sizes(), **sizes)
         query, key, value, *arrays = arrays
-        return launch.launch(
-            kernel, query, launch.key_pieces(key), launch.key_pieces(value), *arrays,
-            jnp.asarray(case.place, jnp.int32)[None], *walks, *last, name="test", outputs=outputs, programs=2,
-            warps=8, stages=1, flops=0, SHAPE=shape, **constants,
-        )  # fmt: skip
+        keys, place = (launch.key_pieces(x) for x in (key, value)), jnp.asarray(case.place, jnp.int32)[None]
+        arrays = query, *keys, *arrays, place, *walks, *last
+        return launch_alone(kernel, *arrays, outputs=outputs, programs=2, warps=8, SHAPE=shape, **constants)
 
     def forward(self, query, key, value, sight):
         from nsa_jax.kernels.sm90.selected import forward
@@ -263,7 +249,7 @@ class Hopper(Portable):
     def backward_query(self, query, key, value, d_output, branches, before=None):
         from nsa_jax.kernels.sm90.selected import backward_query
 
-        (output, lse, weight), = branches  # fmt: skip
+        ((output, lse, weight),) = branches
         arrays = query, key, value, d_output, output, lse, weight, lse, query if before is None else before
         d_query, delta = self._walk(
             backward_query, arrays, (like(query), like(lse)), HAS_D_LSE=False, HAS_BEFORE=before is not None
@@ -275,16 +261,12 @@ class Hopper(Portable):
         from nsa_jax.kernels.sm90 import selected_keys
 
         arrays, sizes = self.items(chunk=11)
-        width, group = self.case.width, self.case.group
-        shape = selected_shape.KeyRingShape(
-            **self._sizes(), PROGRAMS=3, STAGES=tiling.hopper_keys_stages(width, width), **sizes
-        )
-        results = launch.launch(
-            selected_keys.backward_key_value, launch.token_pieces(query, group), launch.key_pieces(key),
-            launch.key_pieces(value), launch.token_pieces(d_output, group), *rows[0], *arrays,
-            name="test", outputs=self._outputs(sizes), programs=shape.PIECES * 3 * H, warps=4, stages=1,
-            registers=tiling.HOPPER_KEYS_REGISTERS, flops=0, SHAPE=shape,
-        )  # fmt: skip
+        stages = key_pass.stages(self.case.width, self.case.width)
+        shape = selected_shape.KeyRingShape(**self._sizes(), PROGRAMS=3, STAGES=stages, **sizes)
+        query, d_output = (launch.token_pieces(x, self.case.group) for x in (query, d_output))
+        inputs = query, launch.key_pieces(key), launch.key_pieces(value), d_output, *rows[0], *arrays
+        options = {"outputs": self._outputs(sizes), "programs": shape.PIECES * 3 * H, "SHAPE": shape}
+        results = launch_alone(selected_keys.backward_key_value, *inputs, registers=key_pass.REGISTERS, **options)
         return self.gathered(*results, arrays)
 
 
@@ -394,7 +376,7 @@ def test_backward_key_value(kernels_of):
     branches = branches_of(kernels, query, key, value, alive_weights)
     _, deltas = kernels.backward_query(query, key, value, d_output, branches)
     rows = [
-        (jnp.where(dead, jnp.inf, lse), jnp.where(dead, 0.0, delta), weight)
+        (jnp.where(nan, jnp.nan, jnp.where(blind, -jnp.inf, lse)), poisoned(delta, dead), poisoned(weight, dead))
         for (_, lse, weight), delta in zip(branches, deltas, strict=True)
     ]
     clean = kernels.backward_key_value(query, key, value, d_output, rows)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import packing
 
-from nsa_jax import tiling
+from nsa_jax.gpu import walks as walks_module
 from nsa_jax.gpu.inverse import Items, invert, more_items
 from nsa_jax.gpu.walks import NOWHERE, Walks, choose, walks, walks_in_pairs
 from nsa_jax.rows.blocks import Blocks, blocks
@@ -98,7 +98,7 @@ WALKS = [
 def made_long(request, monkeypatch):
     """Makes a choice one of a row so long, or of so many entries, that walks are sorted in that way."""
     if request.param == "by XLA":
-        monkeypatch.setattr(tiling, "WALK_SORTS", 0)
+        monkeypatch.setattr(walks_module, "MOST_SORTED", 0)
 
     def made(choice):
         if request.param != "in 64 bits":
@@ -158,8 +158,10 @@ def test_walks_in_pairs(made_long, case):
         for i, t in enumerate(range(2 * pair * tokens, min(T, 2 * (pair + 1) * tokens))):
             bits[i // tokens].update(dict.fromkeys(table[b, h, t][0], 1 << i % tokens))
         shared = set(bits[0]) & set(bits[1])
-        if len(set(start[b, 2 * pair * tokens :][: 2 * tokens].tolist())) > 1:
-            shared = set()  # what one segment's tokens want must not change the order of another's blocks
+        places = place[b, 2 * pair * tokens :][: 2 * tokens].tolist()
+        in_turn = max(places[:tokens]) <= min(places[tokens:], default=T)
+        if len(set(start[b, 2 * pair * tokens :][: 2 * tokens].tolist())) > 1 or not in_turn:
+            shared = set()  # what a token cannot see must not change the order of its blocks
         steps = counts[b, h, pair]
         assert steps == max(map(len, bits))
         walked = begins[b, h, pair, :, :steps].tolist()
@@ -171,18 +173,23 @@ def test_walks_in_pairs(made_long, case):
         steps_of_both = zip(zip(*walked, strict=True), zip(*wanted_by, strict=True), strict=True)
         at_once = [begins for begins, bits in steps_of_both if max(bits) >= 2**30]
         assert at_once == [(begin, begin) for begin in sorted(shared)]
+        for tile in range(1 if shared else 2):
+            order = [begin for begin, bit in zip(walked[tile], wanted_by[tile], strict=True) if bit]
+            assert order == sorted(order)
         begun = [begin for both in bits for begin in both]
         nearest = place[b, 2 * pair * tokens :][: 2 * tokens].min()
         before = {begin for begin in begun if begin + BLOCK <= nearest + 1}
         assert before == {begin for begin in begun if begin <= edges[b, h, pair]}
 
 
-def test_what_is_shared_is_spread_evenly():
-    indices = np.array([0, 1, 2, 3, 4, 6, 8, 10, 0, 1, 2, 3, 5, 7, 9, 11], np.int32).reshape(1, 2, 1, 8)
-    row = locate(None, jnp.full((1, 2), 12 * BLOCK - 1, jnp.int32), 1, 12 * BLOCK)
-    members = walks_in_pairs(choose(row, jnp.asarray(indices), None, BLOCK), 1, BLOCK).members
-    shared = (members[0, 0, 0, :, :8] >= 2**30).tolist()
-    assert shared == [[False, True] * 4] * 2
+def test_the_second_tile_of_a_pair_follows_the_first():
+    indices = np.array([0, 2, 3, 5, 7, 8, 1, 2, 4, 6, 7, 9], np.int32).reshape(1, 2, 1, 6)
+    row = locate(None, jnp.full((1, 2), 10 * BLOCK - 1, jnp.int32), 1, 10 * BLOCK)
+    walked = walks_in_pairs(choose(row, jnp.asarray(indices), None, BLOCK), 1, BLOCK)
+    steps = walked.counts[0, 0, 0]
+    assert (walked.begins[0, 0, 0, :, :steps] // BLOCK).tolist() == [[0, 2, 3, 5, 7, 8], [1, 2, 4, 6, 7, 9]]
+    shared = (walked.members[0, 0, 0, :, :steps] >= 2**30).tolist()
+    assert shared == [[False, True, False, False, True, False]] * 2
 
 
 # T, S, chunk, stretch, window_size, segments, queries

@@ -1,17 +1,58 @@
-"""Launches of kernels/selected.py: the selected branch on any GPU."""
+"""Launches of kernels/selected.py and selected_keys.py, and their tiles: the selected branch on any GPU."""
 
 import jax
 import jax.numpy as jnp
 
 from nsa_jax import tiling
+from nsa_jax.gpu import selected_keys
 from nsa_jax.gpu.branch import Branch, Statistics
-from nsa_jax.gpu.inverse import Items, invert, more_items
 from nsa_jax.gpu.selected import Routes, Spec
 from nsa_jax.gpu.walks import Choice, Walks, walks
-from nsa_jax.rows.blocks import Blocks, blocks
 from nsa_jax.runtime import device, launch, transforms
+from nsa_jax.tiling import Tile
 
 Array = jax.Array
+
+# tables for G = 16, where a tile has four tokens
+_BACKWARD_QUERY = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 1))
+_FORWARD = (Tile(64, 64, 4, 3), *_BACKWARD_QUERY)
+_SMALL = (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+_BACKWARD_KEY_VALUE = (Tile(32, 64, 4, 5), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), *_SMALL)
+_BACKWARD_KEY_VALUE_WIDE = (Tile(64, 32, 8, 2), *_SMALL)
+
+
+def tokens_of(group: int) -> int:
+    """Tokens that walk their blocks together in the passes of the queries."""
+    return max(1, min(16, _rows(group) // group))
+
+
+def _rows(group: int) -> int:
+    # as many tokens as the table has at G = 16
+    heads = tiling.power_of_two(group)
+    return max(heads, min(128, max(16, 4 * heads)))
+
+
+def query_tile(tiles, capability: int, columns: int, itemsize: int, group: int, block_size: int) -> Tile:
+    """Tile of a pass of the queries, of the table `tiles`; columns: key plus value columns."""
+    rows = _rows(group)
+    if capability == tiling.INTERPRETER:
+        return Tile(rows, min(block_size, 32), 4, 1)
+    warps = min(8, rows // 16 * max(1, tiling.power_of_two(columns) // 256))
+    tiles = tuple(t._replace(rows=rows, warps=warps) for t in tiles if t.keys <= block_size)
+    return tiling.fit(tiles, capability, lambda t: itemsize * columns * (t.rows + t.stages * t.keys))
+
+
+def key_tile(capability: int, columns: int, itemsize: int, block_size: int) -> Tile:
+    """Tile of the pass of the keys; columns: key plus value columns."""
+    if capability == tiling.INTERPRETER:
+        return Tile(32, min(block_size, 32), 4, 1)
+    tiles = _BACKWARD_KEY_VALUE if columns <= 256 else _BACKWARD_KEY_VALUE_WIDE
+    tiles = tuple(t for t in tiles if t.keys <= block_size and (itemsize == 2 or t.keys <= 32))
+
+    def footprint(t):
+        return itemsize * (columns * (t.keys + t.stages * t.rows) + 2 * t.rows * t.keys)
+
+    return tiling.fit(tiles, capability, footprint)
 
 
 def supports(query: Array, value: Array, scale: float, block_size: int, window_size: int) -> bool:
@@ -19,62 +60,63 @@ def supports(query: Array, value: Array, scale: float, block_size: int, window_s
     return True
 
 
-def _shape(query: Array, value: Array, spec: Spec) -> dict:
+def _sizes(query: Array, value: Array, spec: Spec) -> dict:
     """The fields that the shapes of all kernels of the selected branch have, but for the sizes of tiles."""
     (_, T, N, K), (_, C, H, V) = query.shape, value.shape
-    return {
-        "T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "SCALE": spec.scale, "WINDOW": spec.window_size,
-        "BLOCK": spec.block_size, "K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V), "PRECISION": spec.precision,
-    }  # fmt: skip
+    sizes = {"T": T, "C": C, "H": H, "G": N // H, "K": K, "V": V, "SCALE": spec.scale, "PRECISION": spec.precision}
+    sizes |= {"BLOCK": spec.block_size, "WINDOW": spec.window_size}
+    return sizes | {"K_PARTS": tiling.parts(K), "V_PARTS": tiling.parts(V)}
 
 
-def _columns(shape: dict) -> int:
-    return sum(shape["K_PARTS"]) + sum(shape["V_PARTS"])
+def _columns(sizes: dict) -> int:
+    return sum(sizes["K_PARTS"]) + sum(sizes["V_PARTS"])
 
 
 def walk(choice: Choice, query: Array, value: Array, spec: Spec) -> Walks:
     """What the passes of the queries walk."""
-    tokens = tiling.selected_tokens(query.shape[2] // value.shape[2])
-    return walks(choice, tokens, spec.block_size, spec.window_size)
+    return walks(choice, tokens_of(query.shape[2] // value.shape[2]), spec.block_size, spec.window_size)
 
 
-def _walk(name, kernel, pick, arrays, outputs, products: int, routes: Routes, spec: Spec, last=(), **constants):
+def _walk(name, kernel, tiles, arrays, outputs, products: int, routes: Routes, spec: Spec, last=(), **constants):
     """Runs a kernel that goes from the queries' side.
 
     Args:
         name: of the pass, for profiles.
         kernel: of kernels/selected.py.
-        pick: of tiling.py, gives its tile.
+        tiles: the table of its tiles.
         arrays: query, key, value and what else it takes before the place.
         outputs: shapes and dtypes, of one row.
         products: multiplications per query head and key.
         routes: see `Routes`.
         spec: see `Spec`.
         last: arrays that it takes after the walks.
-        **constants: that the kernel has beside those of all.
+        **constants: that the kernel has beside SHAPE.
     """
     from nsa_jax.kernels.selected_shape import QueryShape
 
     query, _, value = arrays[:3]
-    shape = _shape(query, value, spec)
-    S, G, capability = routes.choice.wanted, shape["G"], device.capability_of(kernel)
-    tile = pick(capability, _columns(shape), query.dtype.itemsize, G, spec.block_size)
-    tokens = tiling.selected_tokens(G)
+    sizes = _sizes(query, value, spec)
+    S, G, capability = routes.choice.wanted, sizes["G"], device.capability_of(kernel)
+    tile = query_tile(tiles, capability, _columns(sizes), query.dtype.itemsize, G, spec.block_size)
+    tokens, ahead = tokens_of(G), tiling.loads_ahead(capability)
+    shape = QueryShape(**sizes, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens, ENTRIES=tokens * S, AHEAD=ahead)
 
     def run(query, key, value, *arrays):
         B, T, N, _ = query.shape
-        tiles = -(-T // tokens)
         return launch.launch(
-            kernel, query, *launch.key_tiles(kernel, tile.keys, key, value), *arrays, name=name,
+            kernel,
+            query,
+            *launch.key_tiles(kernel, tile.keys, key, value),
+            *arrays,
+            name=name,
             outputs=[jax.ShapeDtypeStruct((B, *x.shape), x.dtype) for x in outputs],
-            programs=tiles * shape["H"] * B, warps=tile.warps, stages=tile.stages,
+            programs=shape.TILES * shape.H * B,
+            warps=tile.warps,
+            stages=tile.stages,
             flops=2 * B * T * N * S * spec.block_size * products,
-            SHAPE=QueryShape(
-                **shape, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens, ENTRIES=tokens * S,
-                AHEAD=tiling.selected_ahead(capability),
-            ),
+            SHAPE=shape,
             **constants,
-        )  # fmt: skip
+        )
 
     return transforms.fold_vmap(run)(*arrays, routes.choice.row.queries.place, *routes.walks, *last)
 
@@ -87,18 +129,23 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     branch = jax.ShapeDtypeStruct((T, N, V), query.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
     placeholder = [jax.ShapeDtypeStruct((1,) * len(x.shape), x.dtype) for x in branch]
     outputs = (*branch, *(branch if spec.window_size else placeholder))
-    arrays = (query, key, value)
-    sights = routes.sight, routes.sliding_sight
+    arrays, sights = (query, key, value), (routes.sight, routes.sliding_sight)
     output, lse, *sliding = _walk(
-        "selected_forward", kernels.forward, tiling.selected_forward, arrays, outputs, K + V, routes, spec, sights
+        "selected_forward", kernels.forward, _FORWARD, arrays, outputs, K + V, routes, spec, sights
     )
     return [(output, lse), tuple(sliding)] if spec.window_size else [(output, lse)]
 
 
 def backward_query(
-    query: Array, key: Array, value: Array, d_output: Array, branches: list[Branch], routes: Routes, spec: Spec,
+    query: Array,
+    key: Array,
+    value: Array,
+    d_output: Array,
+    branches: list[Branch],
+    routes: Routes,
+    spec: Spec,
     before: Array | None = None,
-) -> tuple[Array, list[Array]]:  # fmt: skip
+) -> tuple[Array, list[Array]]:
     """As `gpu.selected.backward_query`."""
     from nsa_jax.kernels import selected as kernels
 
@@ -107,15 +154,19 @@ def backward_query(
     second = delta if spec.window_size else jax.ShapeDtypeStruct((1, 1), jnp.float32)
     lse, d_lse, weight, into = branches[0].placeholders(query, before)
     near = branches[-1]
+    of_branches = branches[0].output, lse, weight, near.output, near.lse, near.weight
     d_query, *deltas = _walk(
-        "selected_backward_query", kernels.backward_query, tiling.selected_backward_query,
-        (
-            query, key, value, d_output, branches[0].output, lse, weight, near.output, near.lse, near.weight,
-            d_lse, into,
-        ),
-        (jax.ShapeDtypeStruct((T, N, K), query.dtype), delta, second), 2 * K + V, routes, spec,
-        HAS_D_LSE=branches[0].d_lse is not None, HAS_BEFORE=before is not None,
-    )  # fmt: skip
+        "selected_backward_query",
+        kernels.backward_query,
+        _BACKWARD_QUERY,
+        (query, key, value, d_output, *of_branches, d_lse, into),
+        (jax.ShapeDtypeStruct((T, N, K), query.dtype), delta, second),
+        2 * K + V,
+        routes,
+        spec,
+        HAS_D_LSE=branches[0].d_lse is not None,
+        HAS_BEFORE=before is not None,
+    )
     return d_query, deltas[: len(branches)]
 
 
@@ -126,90 +177,24 @@ def backward_key_value(
     from nsa_jax.kernels import selected_keys as kernels
     from nsa_jax.kernels.selected_shape import KeyShape
 
-    shape = _shape(query, value, spec)
+    sizes = _sizes(query, value, spec)
     capability = device.capability_of(kernels.backward_key_value)
-    tile = tiling.selected_backward_key_value(capability, _columns(shape), key.dtype.itemsize, spec.block_size)
+    tile = key_tile(capability, _columns(sizes), key.dtype.itemsize, spec.block_size)
 
-    def run(query, key, value, statistics, place, items, blocks, outputs, programs, flops):
-        (B, _, _, _), H = query.shape, value.shape[2]
+    def run(query, key, value, d_output, *arrays, sizes_of_items, **options):
+        shape = KeyShape(**sizes, ROWS=tile.rows, KEYS=tile.keys, **sizes_of_items)
         return launch.launch(
-            kernels.backward_key_value, query, key, value, *statistics, place, *items.of_kernels(), blocks.begin,
-            blocks.end, blocks.near,
-            name="selected_backward_key_value", outputs=outputs,
-            programs=spec.block_size // tile.keys * programs * H * B, warps=tile.warps, stages=tile.stages,
-            flops=flops,
-            SHAPE=KeyShape(
-                **shape, ROWS=tile.rows, KEYS=tile.keys, BLOCKS=blocks.begin.shape[1], ITEMS=items.block.shape[2],
-                MORE=outputs[2].shape[2], PROGRAMS=programs,
-            ),
-        )  # fmt: skip
-
-    return by_items(run, capability, query, key, value, d_output, [rows[0], rows[-1]], choice, spec)
-
-
-def by_items(
-    run, capability: int, query: Array, key: Array, value: Array, d_output: Array, rows: list[Statistics],
-    choice: Choice, spec: Spec,
-) -> tuple[Array, Array]:  # fmt: skip
-    """(d_key, d_value) by a kernel that goes through the items of the inverse selection.
-
-    Args:
-        run: starts the kernel: (query, key, value, [d_output, *statistics], place, items, blocks, outputs, programs a
-            head and row, flops) -> (d_key, d_value, d_key_more, d_value_more), see kernels/selected.py.
-        capability: that it runs on.
-        query, d_output, rows: in the order of the queries' places.
-        key, value: cleaned.
-        choice: of the queries in the order of their places.
-        spec: see `Spec`.
-    """
-    T, S, row = query.shape[1], choice.wanted, choice.row
-    chunk, stretch = tiling.selected_chunk(capability), tiling.selected_stretch(capability)
-    more = more_items(T, row.length, S, spec.block_size, chunk, stretch, row.sliced)
-    kind = jnp.float32 if more else key.dtype  # what several items give is added in float32
-    statistics = [x for row in rows for x in row]
-    count, of_walks = 1 + len(statistics), len(Walks._fields)
-
-    def of_rows(query, key, value, *arrays):
-        B, _, N, K = query.shape
-        C, H, V = value.shape[1:]
-        in_blocks = Blocks(*arrays[count + 1 + of_walks :])
-        items = invert(Walks(*arrays[count + 1 : count + 1 + of_walks]), in_blocks, chunk, stretch, more)
-        outputs = (
-            *(jax.ShapeDtypeStruct((B, C, H, width), kind) for width in (K, V)),
-            *(jax.ShapeDtypeStruct((B, H, max(more, 1), spec.block_size, width), jnp.float32) for width in (K, V)),
+            kernels.backward_key_value,
+            query,
+            key,
+            value,
+            d_output,
+            *arrays,
+            programs=shape.PIECES * shape.PROGRAMS * shape.H * query.shape[0],
+            warps=tile.warps,
+            stages=tile.stages,
+            SHAPE=shape,
+            **options,
         )
-        programs = -(-C // spec.block_size) + more
-        flops = 2 * B * T * N * S * spec.block_size * (2 * K + 2 * V)
-        d_key, d_value, d_key_more, d_value_more = run(
-            query, key, value, arrays[:count], arrays[count], items, in_blocks, outputs, programs, flops
-        )
-        if not more:
-            return d_key, d_value
-        return [
-            _combine(first, rest, items, in_blocks, key.dtype)
-            for first, rest in ((d_key, d_key_more), (d_value, d_value_more))
-        ]
 
-    singles = walks(choice, 1, spec.block_size, spec.window_size)
-    in_blocks = blocks(row, spec.block_size, spec.window_size)
-    d_key, d_value = transforms.fold_vmap(of_rows)(
-        query, key, value, d_output, *statistics, row.queries.place, *singles, *in_blocks
-    )
-    return d_key, d_value
-
-
-def _combine(first: Array, rest: Array, items: Items, blocks: Blocks, dtype) -> Array:
-    """first [B, C, H, D] plus the further items of each block, in rest [B, H, MORE, block_size, D], as `dtype`."""
-    from nsa_jax.kernels import selected_keys as kernels
-
-    B, C, H, D = first.shape
-    more, block_size = rest.shape[2:4]
-    programs, keys = -(-C // block_size), 16
-    (total,) = launch.launch(
-        kernels.combine, first, rest, items.further, blocks.begin, blocks.end, blocks.count, name="selected_combine",
-        outputs=(jax.ShapeDtypeStruct(first.shape, dtype),),
-        programs=block_size // keys * programs * H * B, warps=4, stages=2, flops=rest.size,
-        C=C, H=H, D=D, BLOCK=block_size, KEYS=keys, BLOCKS=blocks.begin.shape[1], MORE=more, PROGRAMS=programs,
-        PARTS=tiling.parts(D),
-    )  # fmt: skip
-    return total
+    return selected_keys.by_items(run, query, key, value, d_output, [rows[0], rows[-1]], choice, spec)

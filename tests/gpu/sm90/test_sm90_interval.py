@@ -20,13 +20,13 @@ from cases import (
 
 from nsa_jax import compress, native_sparse_attention, tiling
 from nsa_jax.gpu import backends
-from nsa_jax.gpu.sm90 import interval
+from nsa_jax.gpu.sm90 import interval, key_pass
 from nsa_jax.runtime import device
 
 
 @pytest.fixture
 def hopper(hopper, monkeypatch):
-    monkeypatch.setattr(tiling, "INTERVAL_HOPPER_KEYS", 0)  # the forward kernel for short rows too
+    monkeypatch.setattr(interval, "FEWEST_SEEN", 0)  # the forward kernel for short rows too
 
 
 @pytest.mark.gpu
@@ -41,10 +41,8 @@ def test_gated_sum_in_the_sliding_kernel(hopper, monkeypatch, dropped, G, K, V, 
     arrays = {"query": query, "key": key, "value": value, **gates}
     if dropped != "compressed_gate":
         arrays |= {"compressed_key": compress(key, **windows), "compressed_value": compress(value, **windows)}
-    options = {
-        "window_size": 150, "block_size": 64, "compression_window": 16, "compression_stride": 16,
-        "segment_ids": packing(T), "block_counts": 3,
-    }  # fmt: skip
+    options = {"window_size": 150, "block_size": 64, "block_counts": 3, "segment_ids": packing(T)}
+    options |= {"compression_window": 16, "compression_stride": 16}
     options["block_indices"] = jnp.asarray(np.random.default_rng(4).integers(0, 6, (2, T, H, 3)), jnp.int32)
     assert backends.interval(query, value, K**-0.5) is interval
     cotangent = normal(9, *query.shape[:3], V, dtype=dtype)
@@ -63,28 +61,27 @@ def test_gated_sum_in_the_sliding_kernel(hopper, monkeypatch, dropped, G, K, V, 
 
 def test_where_they_are_used():
     def used(capability=90, widths=(128, 128), itemsize=2, group=16):
-        return tiling.interval_hopper(capability, widths, itemsize, group)
+        return interval.is_for(capability, widths, itemsize, group)
 
     assert all(used(group=group, widths=(64, 128)) for group in (1, 2, 4, 8, 16, 32, 64, 128))
-    for other in (
-        {"capability": tiling.INTERPRETER}, {"capability": 80}, {"capability": 100}, {"itemsize": 4}, {"group": 12},
-        {"group": 256}, {"widths": (192, 128)}, {"widths": (128, 32)},
-    ):  # fmt: skip
-        assert not used(**other), other
+    assert not any(used(capability=other) for other in (tiling.INTERPRETER, 80, 100))
+    assert not any(used(group=other) for other in (12, 256))
+    assert not any(used(widths=other) for other in ((192, 128), (128, 32)))
+    assert not used(itemsize=4)
 
 
 @pytest.mark.parametrize("widths", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
 def test_rings_fit(widths):
     K, V = widths
     slot, room = 2 * 64 * (K + V), 1024 * tiling.SHARED_MEMORY[90]
-    forward, keys = tiling.interval_hopper_stages(K, V), tiling.hopper_keys_stages(K, V)
+    forward, keys = interval.forward_stages(K, V), key_pass.stages(K, V)
     assert min(forward, keys) >= 2
-    assert forward * slot + 2 * 2 * tiling.INTERVAL_HOPPER_ROWS * K < room
+    assert forward * slot + 2 * 2 * 192 * K < room
     assert 2 * (keys + 1) * slot < room
 
 
-def test_shares():
-    assert tiling.interval_hopper_shares(64, 2**20, 0) == 32
-    assert tiling.interval_hopper_shares(1, 2**20, 0) == 64
-    assert tiling.interval_hopper_shares(1, 1000, 0) == 1
-    assert tiling.interval_hopper_shares(1, 2**20, 512) == 1
+def test_splits():
+    assert interval.splits_of(64, 2**20, 0) == 32
+    assert interval.splits_of(1, 2**20, 0) == 64
+    assert interval.splits_of(1, 1000, 0) == 1
+    assert interval.splits_of(1, 2**20, 512) == 1

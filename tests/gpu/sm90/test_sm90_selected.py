@@ -18,7 +18,7 @@ from cases import (
 )
 
 from nsa_jax import selected_attention, tiling
-from nsa_jax.gpu import backends
+from nsa_jax.gpu import backends, selected_keys
 from nsa_jax.gpu.sm90 import selected
 from nsa_jax.runtime import jax_triton_gluon
 
@@ -40,8 +40,8 @@ def attention(implementation, indices, **options):
 @pytest.mark.parametrize(("block_size", "packed"), [(64, False), (128, True)])
 def test_blocks_of_many_items(hopper, monkeypatch, block_size, packed):
     """What is shared out among items, by their number and by stretches of the row, some of which lie in a block."""
-    monkeypatch.setattr(tiling, "selected_chunk", lambda capability: 40)
-    monkeypatch.setattr(tiling, "selected_stretch", lambda capability: 150)
+    monkeypatch.setattr(selected_keys, "chunk", lambda capability: 40)
+    monkeypatch.setattr(selected_keys, "stretch", lambda capability: 150)
     T, G, H = 700, 16, 2
     B = 2 if packed else 1
     indices = drawn(8, B, T, H, 3, block_size, False).at[..., 0].set(0)
@@ -57,17 +57,16 @@ def test_blocks_of_many_items(hopper, monkeypatch, block_size, packed):
 
 def test_where_they_are_used():
     def tile(capability=90, widths=(128, 128), itemsize=2, group=16, block_size=64):
-        return tiling.selected_hopper(capability, widths, itemsize, group, block_size)
+        return selected.tile_of(capability, widths, itemsize, group, block_size)
 
     assert tile() == (8, 64, 7)
     assert tile(group=32, block_size=128)[:2] == (4, 64)
     # of the 64 rows of a warpgroup three quarters, in whole tokens
-    assert [tiling.hopper_together(group) for group in (8, 16, 32, 64, 128)] == [6, 3, 2, 1, 1]
-    for other in (
-        {"capability": tiling.INTERPRETER}, {"capability": 80}, {"capability": 100}, {"itemsize": 4}, {"group": 4},
-        {"group": 12}, {"widths": (192, 128)}, {"widths": (128, 32)}, {"block_size": 16},
-    ):  # fmt: skip
-        assert tile(**other) is None, other
+    assert [selected.together(group) for group in (8, 16, 32, 64, 128)] == [6, 3, 2, 1, 1]
+    assert not any(tile(capability=other) for other in (tiling.INTERPRETER, 80, 100))
+    assert not any(tile(group=other) for other in (4, 12))
+    assert not any(tile(widths=other) for other in ((192, 128), (128, 32)))
+    assert not tile(itemsize=4) and not tile(block_size=16)
     for widths in ((64, 64), (128, 64), (128, 128)):
         for block_size in (32, 64, 128):
             _, keys, stages = tile(widths=widths, block_size=block_size)
