@@ -72,7 +72,7 @@ def _draw_steps(results: Results, rows: Sequence[Row]) -> Figure:
     batches = sorted({row.case.B for row in rows})
     figure = Figure(figsize=(3.4 * len(batches) + 1, 4.4), layout="constrained")
     for ax, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
-        panel = [row for row in rows if row.case.B == batch]
+        panel = [row for row in rows if batch == row.case.B]
         for provider, (name, style, colour) in _STEPS.items():
             points = [(r.case.T, 1e3 * _time(results, r)) for r in panel if r.provider == provider]
             if points:
