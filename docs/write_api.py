@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "api.md"
-MODULES = ("nsa_jax", "nsa_jax.linen")  # their public names, in this order
+MODULES = ("nsa_jax", "nsa_jax.linen", "nsa_jax.nnx")  # their public names, in this order
 HIDDEN = ("self", "parent", "name")  # parameters, the last two of every linen module
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Source")
 
@@ -22,13 +22,13 @@ def page(old: str) -> str:
         lines.append(f"## {module}")
         for name in public.__all__:
             lines.append(f"### {name}")
-            lines += _entry(name, getattr(public, name), _section(old, name))
+            lines += _entry(name, getattr(public, name), _section(_section(old, module, "##"), name, "###"))
     return "\n\n".join(lines) + "\n"
 
 
-def _section(old: str, name: str) -> str:
-    """What stands below a name in the old page."""
-    found = re.search(rf"^### {re.escape(name)}\n(.*?)(?=^##|\Z)", old, re.M | re.S)
+def _section(text: str, name: str, level: str) -> str:
+    """What stands below a heading, up to the next of its level."""
+    found = re.search(rf"^{level} {re.escape(name)}\n(.*?)(?=^{level} |\Z)", text, re.M | re.S)
     return found[1].strip() if found else ""
 
 

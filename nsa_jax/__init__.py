@@ -20,6 +20,8 @@ from nsa_jax.block_selection import select_blocks
 from nsa_jax.checkpoint_names import CHECKPOINT_NAMES
 from nsa_jax.compressed_branch import compressed_attention
 from nsa_jax.compression import compress, gather_windows
+from nsa_jax.decode import cached_attention, extend_cache, init_cache
+from nsa_jax.rows.cache import KVCache
 from nsa_jax.rows.segments import segment_ids_from_cu_seqlens
 from nsa_jax.selected_branch import selected_attention
 from nsa_jax.sliding_branch import sliding_window_attention
@@ -28,9 +30,13 @@ __version__ = "0.2.0"
 
 __all__ = [
     "CHECKPOINT_NAMES",
+    "KVCache",
+    "cached_attention",
     "compress",
     "compressed_attention",
+    "extend_cache",
     "gather_windows",
+    "init_cache",
     "native_sparse_attention",
     "segment_ids_from_cu_seqlens",
     "select_blocks",

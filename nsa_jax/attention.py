@@ -81,20 +81,7 @@ def native_sparse_attention(
         ImportError: implementation is "triton", and Triton or jax-triton is not installed.
     """
     checks.attention_arrays(query, key, value, checks.query_length(query, query_indices))
-    gates = PerBranch(
-        *(
-            None if gate is None else checks.gate(name, gate, query)
-            for name, gate in (
-                ("compressed_gate", compressed_gate),
-                ("selected_gate", selected_gate),
-                ("sliding_gate", sliding_gate),
-            )
-        )
-    )
-    if all(gate is None for gate in gates):
-        raise ValueError(
-            "compressed_gate, selected_gate, sliding_gate: expected at least one gate, got None for all three"
-        )
+    gates = checked_gates(query, compressed_gate, selected_gate, sliding_gate)
     block_size = checks.block_size(block_size)
     window, stride = checks.windows(
         block_size if compression_window is None else compression_window,
@@ -137,6 +124,17 @@ def native_sparse_attention(
     leaves, tree = jax.tree.flatten((arrays, gates, routing))
     attend = functools.partial(_attend, config, checks.resolve_implementation(implementation), tree)
     return meshes.partitioned(attend, tuple(leaves), lambda *axes: meshes.attention_specs(*axes)[0])
+
+
+def checked_gates(query: Array, compressed: Array | float | None, selected, sliding) -> PerBranch:
+    """The gates that are given, of which there must be one."""
+    gates = PerBranch(compressed, selected, sliding)
+    if all(gate is None for gate in gates):
+        raise ValueError(
+            "compressed_gate, selected_gate, sliding_gate: expected at least one gate, got None for all three"
+        )
+    named = zip(PerBranch._fields, gates, strict=True)
+    return PerBranch(*(None if gate is None else checks.gate(f"{name}_gate", gate, query) for name, gate in named))
 
 
 @one_program_each

@@ -97,6 +97,57 @@ def gate(name: str, value: Array | float, query: Array) -> Array:
     return value
 
 
+def cache_fits(cache, query: Array) -> None:
+    """A query [B, Tq, N, K] with the rows, heads, width and dtype of a checked cache."""
+    _shape("query", query, (cache.batch, "Tq", "N", cache.key.shape[-1]))
+    Tq, N, _ = query.shape[1:]
+    H = cache.key.shape[2]
+    if Tq < 1 or N < 1:
+        raise ValueError(f"query: expected at least one token and one head, got {list(query.shape)}")
+    if N % H:
+        raise ValueError(f"query: expected N heads, a multiple of the H = {H} heads of cache, got N = {N}")
+    _dtype_of_cache("query", query, cache)
+
+
+def appended(name: str, array: Array, cache, tokens: int | str, like: Array) -> None:
+    """What goes into a checked cache, [B, tokens, H, D], with the heads, width and dtype of its array `like`."""
+    _shape(name, array, (cache.batch, tokens, *like.shape[2:]))
+    _dtype_of_cache(name, array, cache)
+    if isinstance(tokens, str) and array.shape[1] < 1:
+        raise ValueError(f"{name}: expected at least one token, got {list(array.shape)}")
+
+
+def row_lengths(name: str, array: Array, batch: int) -> Array:
+    """Numbers of tokens [B] as int32."""
+    return _integers(name, array, (batch,))
+
+
+def page_indices(array: Array | None, batch: int) -> Array:
+    """Page numbers [B, J] as int32."""
+    return _integers("cache.page_indices", array, (batch, "J"))
+
+
+def page_size(size: int, block_size: int, capacity: int) -> int:
+    """Tokens of a page, a multiple of block_size and a divisor of the capacity."""
+    size = integer("page_size", size, 1)
+    if size % block_size:
+        raise ValueError(f"page_size: expected a multiple of block_size = {block_size}, got {_short(size)}")
+    if capacity % size:
+        raise ValueError(f"capacity: expected a multiple of page_size = {size}, got {_short(capacity)}")
+    return size
+
+
+def float_dtype(name: str, dtype) -> jnp.dtype:
+    """bfloat16, float16 or float32."""
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or known not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {_short(dtype)}")
+    return known
+
+
 def lse(array: Array, query: Array) -> None:
     """A log-sum-exp, float32 [B, Tq, N]."""
     _shape("lse", array, query.shape[:3])
@@ -306,6 +357,11 @@ def _float(name: str, array: Array) -> None:
 def _dtype_of_query(name: str, array: Array, query: Array) -> None:
     if array.dtype != query.dtype:
         raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {array.dtype}")
+
+
+def _dtype_of_cache(name: str, array: Array, cache) -> None:
+    if array.dtype != cache.key.dtype:
+        raise TypeError(f"{name}: expected the dtype of cache, {cache.key.dtype}, got {array.dtype}")
 
 
 def _width(name: str, array: Array, letter: str) -> None:

@@ -33,10 +33,14 @@ def imported(path):
 
 def parsers():
     """Of the project's own commands."""
-    from nsa_jax.train import cli
+    from nsa_jax.train import cli, generate_cli
 
     benchmark = imported(ROOT / "benchmarks" / "benchmark_nsa.py")
-    return {"nsa-train": cli._parser(), "benchmarks/benchmark_nsa.py": benchmark._parser()}
+    return {
+        "nsa-train": cli._parser(),
+        "nsa-generate": generate_cli._parser(),
+        "benchmarks/benchmark_nsa.py": benchmark._parser(),
+    }
 
 
 @pytest.mark.parametrize("page", by_name(page for page in PAGES if "```python" in page.read_text()))
@@ -50,7 +54,7 @@ def test_python_blocks_run_one_after_the_other(page):
 def commands(text):
     """The commands in a page, as words: in indented or fenced lines, and in inline code."""
     text = re.sub(r"^```python\n.*?^```", "", text, flags=re.M | re.S)
-    starts = r"(?:python3?|pip|uv|pytest|compute-sanitizer|nsa-train|ruff) "
+    starts = r"(?:python3?|pip|uv|pytest|compute-sanitizer|nsa-train|nsa-generate|ruff) "
     found = re.findall(rf"^(?: {{4}})?({starts}.*)$", text, re.M) + re.findall(rf"`({starts}[^`]*)`", text)
     for line in found:
         words = shlex.split(line, comments=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from nsa_jax.layers.compression import flatten_windows
 from nsa_jax.linen.logical_axes import with_logical_axes
 
 Array = jax.Array
@@ -30,12 +31,11 @@ class MLPCompression(nn.Module):
     @nn.compact
     def __call__(self, windows: Array) -> Array:
         """windows [B, C, l, H, D] -> [B, C, H, D]."""
-        batch, slots, window, heads, width = windows.shape
+        window, width = windows.shape[2], windows.shape[4]
         position_init = with_logical_axes(self.embedding_init, ("window", "kv"))
         position = self.param("position", position_init, (window, width), self.param_dtype)
         windows, position = nn.dtypes.promote_dtype(windows, position, dtype=self.dtype)
-        windows = windows + position[None, None, :, None, :]
-        flat = windows.transpose(0, 1, 3, 2, 4).reshape(batch, slots, heads, window * width)
+        flat = flatten_windows(windows, position)
         hidden = nn.silu(self._dense("up", self.hidden_features or 2 * width, ("window_kv", "mlp"))(flat))
         return self._dense("down", width, ("mlp", "kv"))(hidden)
 

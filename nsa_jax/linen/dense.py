@@ -1,14 +1,17 @@
 """Dense causal attention behind the same interface, to compare with."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from nsa_jax.layers.decode import LayerState
+from nsa_jax.layers.dense import attend_next, causal_attention, init_state
+from nsa_jax.layers.rope import rotate
+from nsa_jax.linen.cache_variable import cache_variable
 from nsa_jax.linen.projections import HEADS, KV_HEADS, Projections
-from nsa_jax.linen.rope import rotate
-from nsa_jax.rows.segments import clear_padding
-from nsa_jax.runtime import device
 
 Array = jax.Array
 
@@ -17,29 +20,49 @@ CHECKPOINT_NAME = "dense_output"
 
 
 class DenseAttention(Projections):
-    """Causal attention within each segment by `jax.nn.dot_product_attention`; fields as in `Projections`.
+    """Causal attention within each segment, exact and without a [T, T] mask; fields as in `Projections`.
 
-    value_dim must be head_dim, as that function wants. On an NVIDIA GPU half precision goes through cuDNN.
+    Attributes:
+        implementation: "triton" (the project's kernel with a window as long as the row), "xla", or None to choose by
+            device; then cuDNN takes rows without segment ids on an NVIDIA GPU.
     """
 
+    implementation: str | None = None
+
     @nn.compact
-    def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
-        """x [B, T, features], segment_ids integers [B, T] (negative: padding, output 0) -> [B, T, out_features]."""
+    def __call__(
+        self,
+        x: Array,
+        segment_ids: Array | None = None,
+        *,
+        lengths: Array | None = None,
+        state: LayerState | None = None,
+    ) -> Array | tuple[Array, LayerState]:
+        """x [B, T, features] -> [B, T, out_features]; arguments as in `NativeSparseAttention`, output 0 at padding."""
         segment_ids, tokens = self.positions(x, segment_ids)
-        length, features = x.shape[1:]
+        features, position = x.shape[-1], tokens.position
         kv_heads, width, value_width = self.widths(features)
-        if value_width != width:
-            raise ValueError(f"value_dim: expected head_dim={width}, got {value_width}")
         query = self.project("query", (self.num_heads, width), HEADS)(x)
         key = self.project("key", (kv_heads, width), KV_HEADS)(x)
-        value = self.project("value", (kv_heads, width), KV_HEADS)(x)
+        value = self.project("value", (kv_heads, value_width), KV_HEADS)(x)
+        init = functools.partial(self.init_state, *x.shape[:2], features, key.dtype)
+        variable, seen = cache_variable(self, init, segment_ids, lengths, state)
+        if seen is not None:
+            position = seen.length[:, None] + position
         if self.rope_theta is not None:
-            query, key = (rotate(y, tokens.position, theta=self.rope_theta) for y in (query, key))
-        in_segment = tokens.start[:, :, None] == tokens.start[:, None, :]
-        causal = jnp.tril(jnp.ones((length, length), bool))[None]
-        fused = device.on_nvidia_gpu() and query.dtype in (jnp.bfloat16, jnp.float16)
-        output = jax.nn.dot_product_attention(
-            query, key, value, mask=(in_segment & causal)[:, None], implementation="cudnn" if fused else None
-        )
-        output = clear_padding(checkpoint_name(output, CHECKPOINT_NAME), tokens.valid)
-        return self.project_out(features)(output)
+            query, key = (rotate(y, position, theta=self.rope_theta) for y in (query, key))
+        if seen is None:
+            output = causal_attention(query, key, value, segment_ids, implementation=self.implementation)
+            return self.project_out(features)(checkpoint_name(output, CHECKPOINT_NAME))
+        output, seen = attend_next(seen, query, key, value, lengths, implementation=self.implementation)
+        output = self.project_out(features)(output)
+        if variable is None:
+            return output, seen
+        variable.value = seen
+        return output
+
+    def init_state(
+        self, batch: int, capacity: int, features: int, dtype: jnp.dtype, *, num_layers: int = 1
+    ) -> LayerState:
+        """The state of a layer, or of several, that has seen nothing, with room for `capacity` tokens a row."""
+        return init_state(batch, capacity, self.widths(features), dtype, num_layers=num_layers)

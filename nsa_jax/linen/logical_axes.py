@@ -22,6 +22,12 @@ class LogicalAxes(nn.LogicallyPartitioned):
             "eager_sharding": False,
         }
 
+    @classmethod
+    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "LogicalAxes":
+        """The box of an `nnx.Variable`'s value, by its metadata."""
+        rules, mesh = metadata.get("sharding_rules"), metadata.get("mesh")
+        return cls(metadata["value"], metadata["out_sharding"], mesh=mesh, rules=rules)
+
 
 def with_logical_axes(init: Callable, names: tuple[str, ...]) -> Callable:
     """The initialiser, its result boxed with the names of its axes."""

@@ -1,15 +1,12 @@
 """The projections that the attention modules share."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
-from nsa_jax import checks, meshes
+from nsa_jax.layers import attention
 from nsa_jax.linen.logical_axes import with_logical_axes
-from nsa_jax.rows.segments import Layout, layout
+from nsa_jax.rows.segments import Layout
 
 Array = jax.Array
 
@@ -31,6 +28,9 @@ class Projections(nn.Module):
         use_bias: whether the projections have biases.
         dtype, param_dtype: of the computation (the inputs' unless given) and of the parameters.
         kernel_init, out_kernel_init, bias_init: initialisers; out_kernel_init is kernel_init unless given.
+        decode: whether the layer keeps what it has seen, in the collection "cache", and its input are the tokens that
+            come next, any number at a time. As in `nn.MultiHeadDotProductAttention`, `init` makes an empty cache, with
+            room for as many tokens as its input has; apply with `mutable=["cache"]`.
     """
 
     num_heads: int
@@ -45,39 +45,15 @@ class Projections(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    decode: bool = False
 
     def widths(self, features: int) -> tuple[int, int, int]:
-        """(H, K, V) for inputs of so many features.
-
-        Raises:
-            ValueError: N is not a multiple of H, or a width is none that the kernels have.
-        """
-        checks.integer("num_heads", self.num_heads, 1)
-        kv_heads = self.num_heads if self.num_kv_heads is None else checks.integer("num_kv_heads", self.num_kv_heads, 1)
-        if kv_heads < 1 or self.num_heads % kv_heads:
-            raise ValueError(f"num_heads: expected a multiple of num_kv_heads={kv_heads}, got {self.num_heads}")
-        if self.head_dim is None and features % self.num_heads:
-            raise ValueError(f"num_heads: expected a divisor of the {features} features, got {self.num_heads}")
-        width = features // self.num_heads if self.head_dim is None else self.head_dim
-        value_width = width if self.value_dim is None else self.value_dim
-        checks.head_width("head_dim" if self.value_dim is None else "value_dim", value_width)
-        return kv_heads, checks.head_width("head_dim", width), value_width
+        """(H, K, V) for inputs of so many features."""
+        return attention.widths(self, features)
 
     def positions(self, x: Array, segment_ids: Array | None) -> tuple[Array | None, Layout]:
-        """Checked segment ids, and where the tokens of x [B, T, features] stand: [B, T], or [1, T] for all rows alike.
-
-        Raises:
-            ValueError, TypeError: x or segment_ids has a wrong shape or dtype.
-        """
-        batch, length, _ = checks.features("x", x)
-        segment_ids = checks.segment_ids(segment_ids, batch, length)
-        if segment_ids is None:
-            return None, layout(None, 1, length)
-        place = functools.partial(layout, batch=batch, length=length)
-        specs = Layout(*[0] * 4)
-        return segment_ids, meshes.partitioned(
-            place, (segment_ids,), lambda ids: jax.tree.map(lambda _: PartitionSpec(*ids), specs)
-        )
+        """See `nsa_jax.layers.attention.positions`."""
+        return attention.positions(x, segment_ids)
 
     def project(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nn.DenseGeneral:
         """A projection from the features to heads."""

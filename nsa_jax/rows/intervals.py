@@ -53,6 +53,9 @@ def window_intervals(row: Row, window: int, stride: int) -> Intervals:
         scatter(total - 1, tokens.stop, completes, slots, 0),
     )
     seen = windows_seen(queries, window, stride)
-    complete = jnp.take_along_axis(total, queries.place, axis=1) if row.sliced else total
-    key_end = jnp.where(seen > 0, complete, 0)
+    if row.packed:
+        complete = jnp.take_along_axis(total, queries.place, axis=1) if row.sliced else total
+        key_end = jnp.where(seen > 0, complete, 0)
+    else:
+        key_end = seen  # the only segment's windows begin in slot 0
     return Intervals(key_begin=key_end - seen, key_end=key_end, query_begin=begin, query_end=end)

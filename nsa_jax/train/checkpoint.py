@@ -22,21 +22,26 @@ class Checkpoints:
 
     Args:
         folder: where they are; made if missing.
-        identity: JSON values by name, stored along; a checkpoint whose values differ is not loaded.
+        identity: JSON values by name, stored along; a checkpoint whose values differ is not loaded. None: of any run.
+        read_only: whether nothing in the folder is changed; it may be that of a run that is at work.
 
     Attributes:
         unfinished: names of checkpoints that were half written when a run ended, which are removed.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path, identity: dict[str, Any] | None, *, read_only: bool = False):
         self._folder = folder
         self._identity = identity
-        folder.mkdir(parents=True, exist_ok=True)
-        self.unfinished = sorted(path.name for path in folder.iterdir() if _UNFINISHED in path.name)
+        self.unfinished = []
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.unfinished = sorted(path.name for path in folder.iterdir() if _UNFINISHED in path.name)
         for name in self.unfinished:
             shutil.rmtree(folder / name, ignore_errors=True)
         # synchronous: the next step consumes the very buffers that are written
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else 2, enable_async_checkpointing=False, read_only=read_only
+        )
         with contextlib.ExitStack() as stack:
             self._manager = ocp.CheckpointManager(stack.enter_context(plain_path(folder)), options=options)
             stack.callback(self._manager.close)
@@ -76,7 +81,7 @@ class Checkpoints:
         run = self._read(step, run=ocp.args.JsonRestore())["run"]
         if not (isinstance(run, dict) and isinstance(run.get("identity"), dict) and "checksum" in run):
             raise self._unreadable(step, "it is not a checkpoint of nsa-train")
-        for name in sorted({*run["identity"], *self._identity}):
+        for name in sorted({*run["identity"], *self._identity} if self._identity is not None else ()):
             there, here = run["identity"].get(name), self._identity.get(name)
             if there != here:
                 raise ValueError(f"checkpoint: step {step} in {self._folder} has {name}={there!r}, this run {here!r}")

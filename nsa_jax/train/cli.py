@@ -3,16 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
-import logging
+import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-_NEEDED = {"flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint", "rich": "rich", "matplotlib": "matplotlib"}
-_LONGEST = 600  # characters of a message
-_INSTALL = "pip install 'nsa-jax[train]'"
+from nsa_jax.train import command
 
 # options that change a field of the preset, by name: type and help
 _MODEL_OPTIONS = {
@@ -55,17 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when done, 1 after a message about what ended the run (a number that is not finite, a full disk), 2 after a
         message about bad input, 130 when interrupted, with a checkpoint written.
     """
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return _fail(f"{', '.join(missing)} not installed; {_INSTALL}", 2)
+    if missing := command.missing_packages():
+        return _fail(missing, 2)
     from nsa_jax.train import screen, signals
 
     screen.fill_standard_streams()
-    with signals.hang_ups_ignored(), _quiet_libraries():
+    with signals.hang_ups_ignored(), command.quiet_libraries():
         try:
             return _run(arguments, screen.open_console(sys.stdout))
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
+
+
+_fail = functools.partial(command.fail, "nsa-train")
 
 
 def _run(arguments: Sequence[str] | None, console) -> int:
@@ -90,37 +89,6 @@ def _run(arguments: Sequence[str] | None, console) -> int:
     return 0
 
 
-def _fail(reason: Exception | str, status: int) -> int:
-    """Says in a line what was wrong."""
-    message = " ".join(str(reason).split()) or type(reason).__name__
-    message = "".join(char if char.isprintable() else "?" for char in message)
-    with contextlib.suppress(OSError, ValueError):  # there is nobody to tell
-        print(
-            f"nsa-train: error: {message if len(message) <= _LONGEST else message[:_LONGEST] + ' ...'}", file=sys.stderr
-        )
-        sys.stderr.flush()
-    return status
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """What orbax and asyncio log of a failure is in the exception, and that in our message."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def _refuse_empty(asked: argparse.Namespace) -> None:
     """What an unset variable of a shell leaves is neither the current folder nor the default."""
     for name in ("data", "out", "compare"):
@@ -131,7 +99,7 @@ def _refuse_empty(asked: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = command.Parser(
         prog="nsa-train", description="Train a language model with native sparse attention on the bytes of text files."
     )
     parser.add_argument("--preset", default="tiny", help="tiny (two CPU cores), small or 340m; options below change it")

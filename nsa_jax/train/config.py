@@ -81,6 +81,24 @@ class TrainConfig:
             model[name] = jnp.dtype(model[name]).name
         return {**model, "branches": list(model["branches"]), **fields}
 
+    @classmethod
+    def of_identity(cls, identity: dict[str, Any]) -> "TrainConfig":
+        """The run that has this identity; when it reports and saves is as by default.
+
+        Raises:
+            ValueError: a field is missing or out of range.
+        """
+        names = [field.name for field in dataclasses.fields(linen_config.TransformerConfig)]
+        model = {name: identity[name] for name in names if name in identity}
+        own = {field.name: identity[field.name] for field in dataclasses.fields(cls) if field.name in identity}
+        try:
+            for name in ("dtype", "param_dtype"):
+                model[name] = jnp.dtype(model[name])
+            model["branches"] = tuple(model["branches"])
+            return cls(linen_config.TransformerConfig(**model), **own)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"checkpoint: not of a run of this version ({error})") from error
+
 
 def _expect(name: str, value: float, least: float, most: float = math.inf) -> None:
     if not value >= least:

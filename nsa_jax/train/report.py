@@ -36,10 +36,9 @@ def progress_bar(console: Console) -> Progress:
 def describe_attention(model: TransformerConfig) -> str:
     """Which attention runs, through what, on what."""
     device = jax.devices()[0]
-    if model.attention == "dense":
-        return f"dense attention through jax.nn.dot_product_attention on {device.device_kind}"
     triton = model.implementation == "triton" or (model.implementation is None and on_nvidia_gpu())
-    return f"NSA through {'Triton kernels' if triton else 'jnp (XLA)'} on {device.device_kind}"
+    name = {"nsa": "NSA", "dense": "dense attention"}[model.attention]
+    return f"{name} through {'Triton kernels' if triton else 'jnp (XLA)'} on {device.device_kind}"
 
 
 def show_sample(console: Console, text: str) -> None:

@@ -53,7 +53,15 @@ class Step:
     @property
     def config(self):
         return Config(
-            self.K**-0.5, self.block_size, self.window_size, self.window, self.stride, self.init, self.local, self.S
+            self.K**-0.5,
+            self.block_size,
+            self.window_size,
+            self.window,
+            self.stride,
+            self.init,
+            self.local,
+            self.S,
+            False,
         )
 
     def compressed(self):

@@ -103,7 +103,36 @@ def test_packed_equals_alone_with(fields):
 
 
 def test_dense_packed_equals_alone():
-    assert_packing_never_shows(DenseAttention(num_heads=4, num_kv_heads=2, head_dim=8))
+    assert_packing_never_shows(DenseAttention(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=12))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_dense_is_softmax_attention_to_all_that_came_before(implementation):
+    module = DenseAttention(num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=None, implementation=implementation)
+    x, segment_ids = rows_of([make_documents(21, 50)], 80)
+    params = init(module, x, segment_ids)
+    query, key, value = (
+        jnp.einsum("btf,fhd->bthd", x, params["params"][name]["kernel"]) for name in ("query", "key", "value")
+    )
+    causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & jnp.tril(jnp.ones((80, 80), bool))[None]
+    output = jax.nn.dot_product_attention(query, key, value, mask=causal[:, None])
+    expected = jnp.einsum("bthd,hdf->btf", output, params["params"]["out"]["kernel"])
+    # the same sums in float32, in another order
+    np.testing.assert_allclose(
+        jax.jit(module.apply)(params, x, segment_ids)[:, :71], expected[:, :71], rtol=2e-5, atol=2e-5
+    )
+
+
+@pytest.mark.gpu
+def test_dense_without_segment_ids_equals_one_segment():
+    module = DenseAttention(num_heads=4, num_kv_heads=2, head_dim=64, dtype=jnp.bfloat16)
+    x = jnp.asarray(make_documents(300)[0])[None]
+    one = jnp.zeros((1, 300), jnp.int32)
+    params = init(module, x, None)
+    grads = jax.jit(jax.grad(lambda params, ids: jnp.square(module.apply(params, x, ids)).sum()))
+    for got, want in zip(jax.tree.leaves(grads(params, None)), jax.tree.leaves(grads(params, one)), strict=True):
+        # weights in bfloat16 (2 ** -8), which add up over 300 tokens
+        np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("separate_keys", [False, True], ids=["shared", "separate"])
@@ -185,10 +214,3 @@ def test_errors(fields, message):
     module = NativeSparseAttention(**({"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 16} | fields))
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, FEATURES)))
-
-
-def test_dense_refuses_a_value_width_of_its_own():
-    with pytest.raises(ValueError, match="value_dim: expected head_dim=8, got 12"):
-        jax.eval_shape(
-            DenseAttention(num_heads=2, head_dim=8, value_dim=12).init, jax.random.key(0), jnp.zeros((1, 32, FEATURES))
-        )
