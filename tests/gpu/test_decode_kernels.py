@@ -173,9 +173,11 @@ def test_of_equal_importance_the_first_blocks_are_taken(monkeypatch, compared):
 
 def test_a_window_between_two_splits_counts_for_both_its_blocks():
     step = Step(160, 1, 1, 16, 16, (158,), (1,), window=8, stride=4, S=5, drop=("compressed", "sliding"))
-    keys, query = np.array(step.key), np.array(step.query)[0, 0, 0]
-    keys[:, 60:68] = 160 * query / (query @ query)  # window 15, the last of its split, lies in blocks 3 and 4
-    step.key = jnp.asarray(keys)
+    keys, values = map(np.array, step.compressed())
+    query = np.array(step.query)[0, 0, 0]
+    keys[:, 15] = 80 * query / (query @ query)  # the last of its split, in blocks 3 and 4
+    keys[:, 25] = 40 * query / (query @ query)  # next comes block 6
+    step.compressed = lambda: (jnp.asarray(keys), jnp.asarray(values))
     assert_close([attend(step)], [step.expected()])
 
 
