@@ -18,7 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_NEEDED = ("jax", "nsa_jax", "optax", "matplotlib", "rich")
+from recall_arms import ARMS
+from recall_tasks import TASKS
+
+_NEEDED = ("optax", "matplotlib", "rich")
 FILE = "results.json"
 _TEXT_BYTES = 16 << 20  # of the standard library's sources, in which needles are hidden
 
@@ -47,9 +50,6 @@ def _refuse(message: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from recall_arms import ARMS
-    from recall_tasks import TASKS
-
     parser = argparse.ArgumentParser(prog="recall.py", description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all by default")
@@ -205,7 +205,6 @@ def _text():
 
 def _report(runs: Sequence[dict[str, Any]], folder: Path, console) -> None:
     """A table on screen and in table.txt, and the plots."""
-    from recall_arms import ARMS
     from recall_plots import mean_over, save_plots, values_of
     from rich.console import Console
     from rich.table import Table

@@ -7,6 +7,7 @@ C = T // stride window slots, t the queries of a chunk, J = cdiv(T, block_size) 
 Source: Yuan et al. 2025, arXiv 2502.11089, equations 5 to 12.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,7 @@ from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.rows import sight
 from nsa_jax.rows.intervals import sliding_intervals, window_intervals
 from nsa_jax.rows.queries import Row
+from nsa_jax.runtime.partitioning import partitioned
 
 Array = jax.Array
 
@@ -148,7 +150,8 @@ def select_blocks(
         ranking = jnp.where((distance >= 0)[:, None], ranking, -1.0)
 
         # [B, H, t, S], ties to the smaller index
-        best, chosen = jax.lax.top_k(ranking, min(max_block_count, num_blocks))
+        top = functools.partial(jax.lax.top_k, k=min(max_block_count, num_blocks))
+        best, chosen = partitioned(top, (ranking,), ("bh",), ["bh", "bh"])
         best, chosen = best.transpose(0, 2, 1, 3), chosen.transpose(0, 2, 1, 3)
         room = _index(chosen.shape[-1], 4) < counts[..., None]
         chosen = jnp.sort(jnp.where((best >= 0) & room & valid[..., None, None], chosen, num_blocks), axis=-1)

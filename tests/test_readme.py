@@ -35,12 +35,11 @@ def parsers():
     """Of the project's own commands."""
     from nsa_jax.train import cli, generate_cli
 
-    benchmark = imported(ROOT / "benchmarks" / "benchmark_nsa.py")
+    files = [f"benchmarks/{name}.py" for name in ("benchmark_nsa", "recall")]
     return {
         "nsa-train": cli._parser(),
         "nsa-generate": generate_cli._parser(),
-        "benchmarks/benchmark_nsa.py": benchmark._parser(),
-    }
+    } | {file: imported(ROOT / file)._parser() for file in files}
 
 
 @pytest.mark.parametrize("page", by_name(page for page in PAGES if "```python" in page.read_text()))

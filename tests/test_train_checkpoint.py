@@ -9,7 +9,8 @@ import pytest
 from train_cases import CONFIG
 
 from nsa_jax.train.checkpoint import Checkpoints
-from nsa_jax.train.step import init_state, make_mesh
+from nsa_jax.train.mesh import make_mesh
+from nsa_jax.train.step import init_state
 
 MESH = make_mesh(jax.devices()[:1])
 IDENTITY = {"hidden_size": 16, "branches": ["compressed"], "learning_rate": 1e-2, "mlp_size": None}

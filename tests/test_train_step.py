@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict
 from train_cases import CONFIG, with_model
 
 from nsa_jax.linen import NSATransformer
+from nsa_jax.train.mesh import make_mesh, put
 from nsa_jax.train.packing import END, PADDING, Rows, pack
-from nsa_jax.train.step import init_state, make_mesh, make_optimizer, make_sums, make_train_step, put
+from nsa_jax.train.step import init_state, make_optimizer, make_sums, make_train_step
 
 MESH = make_mesh(jax.devices()[:1])
 
@@ -88,7 +89,8 @@ _TWO_DEVICES = """
 import json, jax, numpy as np
 from train_cases import CONFIG
 from test_train_step import random_rows
-from nsa_jax.train.step import init_state, make_mesh, make_train_step, put
+from nsa_jax.train.mesh import make_mesh, put
+from nsa_jax.train.step import init_state, make_train_step
 results = []
 for count in (1, 2):
     mesh = make_mesh(jax.devices()[:count])

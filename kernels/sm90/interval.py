@@ -218,9 +218,8 @@ def _finish(peak, total, sums, sight):
     sound = (sight == 1) & (total > 0.0)
     lse = gl.where(sight == 0, float("-inf"), float("nan"))
     lse = gl.where(sound, (peak + gl.log2(total)) * LN2, lse)
-    factor = gl.where(sound, 1.0 / total, float("nan"))
-    layout: gl.constexpr = sums.type.layout
-    return gl.where(_by_row(sight == 0, layout), 0.0, sums * _by_row(factor, layout)), lse
+    factor = gl.where(sound, 1.0 / total, gl.where(sight == 0, 0.0, float("nan")))  # of nothing, sums are 0
+    return sums * _by_row(factor, sums.type.layout), lse
 
 
 @gluon.constexpr_function

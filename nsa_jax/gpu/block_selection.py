@@ -1,5 +1,7 @@
 """Selection of blocks by the kernels."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,7 @@ from nsa_jax.gpu import backends
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import Row
 from nsa_jax.runtime import transforms
+from nsa_jax.runtime.partitioning import KEY, OF_QUERIES, QUERY, ROWS, SIGHT, partitioned
 
 Array = jax.Array
 
@@ -33,7 +36,7 @@ def select(
     scale: float,
 ) -> Array:
     """The arguments and the result are those of `reference.select_blocks`; compressed keys come cleaned."""
-    (B, Tq, N, K), H = query.shape, compressed_key.shape[2]
+    (B, Tq, _, K), H = query.shape, compressed_key.shape[2]
     num_blocks = -(-row.length // block_size)
     S = min(max_block_count, num_blocks)
     queries, seen = row.queries, window_intervals(row, window, stride)
@@ -43,32 +46,25 @@ def select(
         compressed_key = jnp.zeros((B, 1, H, K), compressed_key.dtype)  # a kernel can be given it; nobody sees it
     backend = backends.block_selection(query, compressed_key, S, block_size // stride)
 
-    sizes = {
-        "T": Tq,
-        "C": compressed_key.shape[1],
-        "H": H,
-        "G": N // H,
-        "K": K,
-        "SCALE": scale,
-        "S": S,
-        "BLOCK_STRIDES": block_size // stride,
-        "WINDOW_STRIDES": window // stride,
-        "INIT": min(num_init_blocks, num_blocks),
-        "LOCAL": min(num_local_blocks, num_blocks),
-        "LIST": list_entries(S),
-    }
-
     def run(query, key, *arrays):
-        return backend.select(query, key, *arrays, sizes=sizes, flops=query.shape[0] * N * Tq * key.shape[1] * K)
+        sizes = {
+            "T": query.shape[1],
+            "C": key.shape[1],
+            "H": key.shape[2],
+            "G": query.shape[2] // key.shape[2],
+            "K": K,
+            "SCALE": scale,
+            "S": S,
+            "BLOCK_STRIDES": block_size // stride,
+            "WINDOW_STRIDES": window // stride,
+            "INIT": min(num_init_blocks, num_blocks),
+            "LOCAL": min(num_local_blocks, num_blocks),
+            "LIST": list_entries(S),
+        }
+        return backend.select(query, key, *arrays, sizes=sizes, flops=math.prod(query.shape) * key.shape[1])
 
-    block_indices = transforms.fold_vmap(run)(
-        query,
-        compressed_key,
-        lse,
-        counts,
-        queries.start,
-        queries.position // block_size,
-        seen.key_begin,
-        seen.key_end,
-    )
+    places = queries.start, queries.position // block_size, seen.key_begin, seen.key_end
+    arrays = query, compressed_key, lse, counts, *places
+    axes = QUERY, KEY, OF_QUERIES, SIGHT, *[ROWS] * len(places)
+    block_indices = partitioned(transforms.fold_vmap(run), arrays, axes, SIGHT)
     return jnp.pad(block_indices, ((0, 0),) * 3 + ((0, max_block_count - S),), constant_values=-1)

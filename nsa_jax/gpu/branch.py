@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax.rows.queries import Row
+from nsa_jax.runtime.partitioning import OF_QUERIES, QUERY
 
 Array = jax.Array
 
@@ -29,6 +30,10 @@ class Branch(NamedTuple):
         """(lse, d_lse, weight, before) as a kernel takes them: an array of the shape that it does not read for None."""
         d_lse = self.lse if self.d_lse is None else self.d_lse
         return self.lse, d_lse, self.weight, query if before is None else before
+
+
+#: The axes of a Branch, see `partitioning`.
+BRANCH = Branch(QUERY, OF_QUERIES, OF_QUERIES, OF_QUERIES)
 
 
 class Statistics(NamedTuple):

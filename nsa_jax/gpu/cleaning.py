@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from nsa_jax import tiling
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.runtime import launch, transforms
+from nsa_jax.runtime.partitioning import KEY, ROWS, SIGHT, UNCLEAN, partitioned
 
 Array = jax.Array
 
@@ -66,7 +67,8 @@ def clean(key: Array, value: Array, with_key: bool = True) -> Cleaned:
             ),
         )
 
-    clean_key, clean_value, unclean = transforms.fold_vmap(run)(key, value)
+    axes = [KEY if with_key else ROWS, KEY, UNCLEAN]
+    clean_key, clean_value, unclean = partitioned(transforms.fold_vmap(run), (key, value), (KEY, KEY), axes)
     return Cleaned(clean_key if with_key else key, clean_value, unclean)
 
 
@@ -91,5 +93,6 @@ def of_intervals(unclean: Array, intervals: Intervals) -> Array:
             SHAPE=shape,
         )
 
-    (seen,) = transforms.fold_vmap(run)(intervals.key_begin, intervals.key_end, unclean)
+    arrays = intervals.key_begin, intervals.key_end, unclean
+    (seen,) = partitioned(transforms.fold_vmap(run), arrays, (ROWS, ROWS, UNCLEAN), [SIGHT])
     return seen

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from nsa_jax.branches import nothing_seen
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import cleaning
-from nsa_jax.gpu.branch import Branch, statistics, untouched
-from nsa_jax.rows import sight
+from nsa_jax.gpu.branch import BRANCH, Branch, statistics, untouched
 from nsa_jax.rows.intervals import Intervals
 from nsa_jax.rows.queries import Row
+from nsa_jax.runtime.partitioning import KEY, OF_QUERIES, QUERY, ROWS, SIGHT, partitioned
 
 Array = jax.Array
 
@@ -64,6 +64,9 @@ class Seen(NamedTuple):
     sight: Array
 
 
+_SEEN = Seen(ROWS, ROWS, SIGHT)  # its axes, see `partitioning`
+
+
 def see(row: Row, intervals: Intervals, unclean: Array) -> Seen:
     """The Seen of intervals; unclean: see `cleaning.Cleaned`."""
     return Seen(row, intervals, cleaning.of_intervals(unclean, intervals))
@@ -79,7 +82,20 @@ def forward(
     """
     if key.shape[1] == 0:
         return *nothing_seen(query, value), None
-    return spec.backend.forward(query, key, value, seen, spec, addends)
+    axes = (QUERY, KEY, KEY, _SEEN)
+    if addends is None:
+
+        def run(query, key, value, seen):
+            return spec.backend.forward(query, key, value, seen, spec)
+
+        return partitioned(run, (query, key, value, seen), axes, (QUERY, OF_QUERIES, QUERY))
+
+    def run_and_add(query, key, value, seen, gate, others):
+        return spec.backend.forward(query, key, value, seen, spec, Addends(gate, others, addends.keep))
+
+    arrays = query, key, value, seen, addends.gate, addends.others
+    of_others = ((QUERY, OF_QUERIES),) * len(addends.others)
+    return partitioned(run_and_add, arrays, (*axes, OF_QUERIES, of_others), (QUERY, OF_QUERIES, QUERY))
 
 
 def backward_query(
@@ -95,7 +111,12 @@ def backward_query(
     """(d_query [B, Tq, N, K], added to `before` if given; delta float32 [B, Tq, N], for `backward_key_value`)."""
     if key.shape[1] == 0:
         return untouched(query, before), jnp.zeros_like(branch.lse)
-    return spec.backend.backward_query(query, key, value, d_output, branch, seen, spec, before)
+
+    def run(query, key, value, d_output, branch, seen, before):
+        return spec.backend.backward_query(query, key, value, d_output, branch, seen, spec, before)
+
+    arrays = query, key, value, d_output, branch, seen._replace(sight=None), before
+    return partitioned(run, arrays, (QUERY, KEY, KEY, QUERY, BRANCH, _SEEN, QUERY), (QUERY, OF_QUERIES))
 
 
 def backward_key_value(
@@ -104,20 +125,25 @@ def backward_key_value(
     """(d_key [B, C, H, K], d_value [B, C, H, V]); delta is what `backward_query` gives."""
     if key.shape[1] == 0:
         return jnp.zeros_like(key), jnp.zeros_like(value)
-    rows = statistics(seen.row, branch, delta)
-    query, d_output = (seen.row.queries.in_order(x) for x in (query, d_output))
-    return spec.backend.backward_key_value(query, key, value, d_output, rows, seen.intervals, spec)
+
+    def run(query, key, value, d_output, branch, delta, row, intervals):
+        rows = statistics(row, branch, delta)
+        query, d_output = (row.queries.in_order(x) for x in (query, d_output))
+        return spec.backend.backward_key_value(query, key, value, d_output, rows, intervals, spec)
+
+    arrays = query, key, value, d_output, branch, delta, seen.row, seen.intervals
+    return partitioned(run, arrays, (QUERY, KEY, KEY, QUERY, BRANCH, OF_QUERIES, ROWS, ROWS), (KEY, KEY))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(spec: Spec, query: Array, key: Array, value: Array, row: Row, intervals: Intervals) -> tuple[Array, Array]:
     """(output [B, Tq, N, V], lse float32 [B, Tq, N]) of attention to the intervals."""
-    return _attend_forward(spec, query, key, value, row, intervals)[0]
-
-
-def _attend_forward(spec, query, key, value, row, intervals):
     # the forward pass hides a score, NaN or not: it multiplies only values by what it hides
-    key, value, unclean = cleaning.clean(key, value, with_key=False)
+    return _attend_forward(spec, query, key, value, row, intervals, with_key=False)[0]
+
+
+def _attend_forward(spec, query, key, value, row, intervals, with_key=True):
+    key, value, unclean = cleaning.clean(key, value, with_key)
     seen = see(row, intervals, unclean)
     output, lse = name_residuals(spec.branch, *forward(query, key, value, seen, spec)[:2])
     return (output, lse), (query, key, value, seen, output, lse)
@@ -126,7 +152,6 @@ def _attend_forward(spec, query, key, value, row, intervals):
 def _attend_backward(spec, residuals, cotangents):
     query, key, value, seen, output, lse = residuals
     d_output, d_lse = cotangents
-    key = sight.clean_rows(key)
     branch = Branch(output, lse, jnp.ones_like(lse), d_lse)
     d_query, delta = backward_query(query, key, value, d_output, branch, seen, spec)
     return d_query, *backward_key_value(query, key, value, d_output, branch, delta, seen, spec), None, None

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from nsa_jax.branches import nothing_seen
 from nsa_jax.checkpoint_names import name_residuals
 from nsa_jax.gpu import cleaning
-from nsa_jax.gpu.branch import Branch, statistics, untouched
+from nsa_jax.gpu.branch import BRANCH, Branch, statistics, untouched
 from nsa_jax.gpu.walks import Choice, PairedWalks, Walks, seen_of
 from nsa_jax.rows.intervals import sliding_intervals
+from nsa_jax.runtime.partitioning import KEY, OF_QUERIES, QUERY, ROWS, SIGHT, UNCLEAN, partitioned
 
 Array = jax.Array
 
@@ -56,10 +57,22 @@ def does_sliding(window_size: int, block_size: int) -> bool:
     return 0 < window_size <= block_size + 1
 
 
+# The axes of a Choice, of Walks, of Routes, see `partitioning`
+_CHOICE = Choice(ROWS, SIGHT, ROWS)
+_WALKS = "bh"
+_ROUTES = Routes(_CHOICE, _WALKS, SIGHT, SIGHT)
+
+
 def route(query: Array, value: Array, unclean: Array, choice: Choice, spec: Spec) -> Routes:
     """The Routes of a choice; unclean: see `cleaning.Cleaned`."""
-    walks = spec.backend.walk(choice, query, value, spec) if choice.wanted else None
-    seen = near = seen_of(choice, unclean, spec.block_size)
+
+    def run(query, value, unclean, choice):
+        walks = spec.backend.walk(choice, query, value, spec) if choice.wanted else None
+        return walks, seen_of(choice, unclean, spec.block_size)
+
+    results = _WALKS, SIGHT
+    walks, seen = partitioned(run, (query, value, unclean, choice), (QUERY, KEY, UNCLEAN, _CHOICE), results)
+    near = seen
     if spec.window_size:
         near = cleaning.of_intervals(unclean, sliding_intervals(choice.row, spec.window_size))
     return Routes(choice, walks, seen, near)
@@ -69,7 +82,12 @@ def forward(query: Array, key: Array, value: Array, routes: Routes, spec: Spec) 
     """(output [B, Tq, N, V], lse float32 [B, Tq, N]) of the selected branch, then of the sliding one if any."""
     if routes.choice.wanted == 0:
         return [nothing_seen(query, value)]
-    return spec.backend.forward(query, key, value, routes, spec)
+
+    def run(query, key, value, routes):
+        return spec.backend.forward(query, key, value, routes, spec)
+
+    pairs = [(QUERY, OF_QUERIES)] * (2 if spec.window_size else 1)
+    return partitioned(run, (query, key, value, routes), (QUERY, KEY, KEY, _ROUTES), pairs)
 
 
 def backward_query(
@@ -87,7 +105,14 @@ def backward_query(
     """
     if routes.choice.wanted == 0:
         return untouched(query, before), [jnp.zeros_like(branch.lse) for branch in branches]
-    return spec.backend.backward_query(query, key, value, d_output, branches, routes, spec, before)
+
+    def run(query, key, value, d_output, branches, routes, before):
+        return spec.backend.backward_query(query, key, value, d_output, branches, routes, spec, before)
+
+    unsighted = routes._replace(sight=None, sliding_sight=None)
+    arrays = query, key, value, d_output, branches, unsighted, before
+    axes = QUERY, KEY, KEY, QUERY, [BRANCH] * len(branches), _ROUTES, QUERY
+    return partitioned(run, arrays, axes, (QUERY, [OF_QUERIES] * len(branches)))
 
 
 def backward_key_value(
@@ -104,9 +129,15 @@ def backward_key_value(
     choice = routes.choice
     if choice.wanted == 0:
         return jnp.zeros_like(key), jnp.zeros_like(value)
-    rows = [statistics(choice.row, branch, delta) for branch, delta in zip(branches, deltas, strict=True)]
-    query, d_output = (choice.row.queries.in_order(x) for x in (query, d_output))
-    return spec.backend.backward_key_value(query, key, value, d_output, rows, choice.in_order(), spec)
+
+    def run(query, key, value, d_output, branches, deltas, choice):
+        rows = [statistics(choice.row, branch, delta) for branch, delta in zip(branches, deltas, strict=True)]
+        query, d_output = (choice.row.queries.in_order(x) for x in (query, d_output))
+        return spec.backend.backward_key_value(query, key, value, d_output, rows, choice.in_order(), spec)
+
+    count = len(branches)
+    axes = QUERY, KEY, KEY, QUERY, [BRANCH] * count, [OF_QUERIES] * count, _CHOICE
+    return partitioned(run, (query, key, value, d_output, branches, deltas, choice), axes, (KEY, KEY))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

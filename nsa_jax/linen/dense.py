@@ -1,6 +1,7 @@
 """Dense causal attention behind the same interface, to compare with."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class DenseAttention(Projections):
             device; then cuDNN takes rows without segment ids on an NVIDIA GPU.
     """
 
-    implementation: str | None = None
+    implementation: Literal["triton", "xla"] | None = None
 
     @nn.compact
     def __call__(

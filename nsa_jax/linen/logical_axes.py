@@ -12,6 +12,10 @@ class LogicalAxes(nn.LogicallyPartitioned):
     `nnx.bridge.ToNNX` keeps the names as metadata and, as in Linen, places no array by them.
     """
 
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """The array, put where rules say, but for the flat kernel that `nn.DenseGeneral` initialises."""
+        return super().unbox(apply_constraint and self.value.ndim == len(self.names))
+
     def to_nnx_metadata(self) -> dict[str, Any]:
         """The metadata of an `nnx.Variable`."""
         return {

@@ -76,7 +76,7 @@ class NSATransformer(nn.Module):
         )
         init = functools.partial(self._init_state, batch, length)
         variable, seen = cache_variable(self, init, segment_ids, lengths)
-        x = _look_up(embed, tokens)
+        x = _rows_apart(_look_up(embed, tokens))
         if seen is None:
             layer = nn.remat(Layer, policy=remat_policy(), prevent_cse=False) if config.remat else Layer
             x, _ = _scan(layer, config, nn.broadcast)(config, name="layers")(x, segment_ids)
@@ -102,11 +102,17 @@ class NSATransformer(nn.Module):
 def _look_up(embed: nn.Embed, tokens: Array) -> Array:
     """embed(tokens), on a mesh with explicit axes too, where JAX takes rows of a table only if told their sharding."""
     (table,) = embed.promote_dtype(embed.embedding, dtype=embed.dtype, inexact=False)
+    table = nn.with_logical_constraint(table, (None, None))  # the table is gathered, not what is taken from it
 
     def take(tokens, table):
         return jnp.take(table, tokens, axis=0)
 
     return meshes.partitioned(take, (tokens, table), lambda tokens, _: PartitionSpec(*tokens, None))
+
+
+def _rows_apart(x: Array) -> Array:
+    """x [B, T, D], whose rows alone are sharded, by the rule for "batch", where there are rules and a mesh."""
+    return nn.with_logical_constraint(x, ("batch", None, None))
 
 
 class Layer(nn.Module):
@@ -117,8 +123,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, segment_ids: Array | None) -> tuple[Array, None]:
         config = self.config
-        x = x + _attention(config)(_norm(config, "attention_norm")(x), segment_ids)
-        return x + SwiGLU(config, name="mlp")(_norm(config, "mlp_norm")(x)), None
+        x = _rows_apart(x + _attention(config)(_norm(config, "attention_norm")(x), segment_ids))
+        return _rows_apart(x + SwiGLU(config, name="mlp")(_norm(config, "mlp_norm")(x))), None
 
 
 class CachedLayer(nn.Module):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 
 from nsa_jax import checks
 from nsa_jax.layers.attention import BRANCHES, attend, branches_in_use, positions, widths, window_sizes
+from nsa_jax.layers.decode import attend_next, init_state
 from nsa_jax.nnx.compression import MLPCompression
 from nsa_jax.nnx.partitioning import axis_names
 
@@ -19,7 +21,9 @@ class NativeSparseAttention(nnx.Module):
     """Native Sparse Attention over packed rows, in the manner of `nnx.MultiHeadAttention`.
 
     It computes what `nsa_jax.linen.NativeSparseAttention` computes, bit for bit where the parameters are the same
-    (`load_linen`, `to_linen`), with the same names of parameters and of their logical axes.
+    (`load_linen`, `to_linen`), with the same names of parameters and of their logical axes. Outside a mesh the names
+    are metadata, which `nnx.get_partition_spec` reads. Inside `jax.set_mesh` and `nnx.logical_axis_rules` with a rule
+    for each name, parameters are made where the rules say.
 
     Args:
         num_heads: N, query heads.
@@ -42,6 +46,8 @@ class NativeSparseAttention(nnx.Module):
         branches: those in use.
         separate_keys: whether each branch has keys and values of its own (the paper's) or all share them.
         implementation: "triton", "xla", or None to choose by device.
+        decode: whether the layer keeps what it has seen, in an `nnx.Cache` that `init_cache` makes, and its input are
+            the tokens that come next, any number at a time.
         rngs: has the stream `params`.
 
     Raises:
@@ -76,7 +82,8 @@ class NativeSparseAttention(nnx.Module):
         num_local_blocks: int = 2,
         branches: Sequence[str] = BRANCHES,
         separate_keys: bool = False,
-        implementation: str | None = None,
+        implementation: Literal["triton", "xla"] | None = None,
+        decode: bool = False,
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
@@ -96,6 +103,8 @@ class NativeSparseAttention(nnx.Module):
         self.branches = tuple(branches)
         self.separate_keys = separate_keys
         self.implementation = implementation
+        self.decode = decode
+        self.cache: nnx.Cache | None = nnx.data(None)
 
         kv_heads, width, value_width = widths(self, in_features)
         used = branches_in_use(self)
@@ -130,28 +139,52 @@ class NativeSparseAttention(nnx.Module):
             bias_metadata=axis_names("embed"),
         )
 
-    def __call__(self, x: Array, segment_ids: Array | None = None) -> Array:
+    def __call__(self, x: Array, segment_ids: Array | None = None, *, lengths: Array | None = None) -> Array:
         """The layer's output.
 
         Args:
             x: [B, T, in_features].
-            segment_ids: integers [B, T], or None for one segment per row; negative is padding.
+            segment_ids: integers [B, T], or None for one segment per row; negative is padding. None in decoding, where
+                a row is one segment.
+            lengths: in decoding, integers [B], how many of the tokens belong to each row; all unless given.
 
         Returns:
-            [B, T, out_features]; on padding the bias of the last projection, 0 without one.
+            [B, T, out_features]; on padding the bias of the last projection, 0 without one; in decoding NaN for tokens
+            that the cache has no room for.
 
         Raises:
-            ValueError, TypeError: x or segment_ids has a wrong shape or dtype.
+            ValueError, TypeError: x, segment_ids or lengths has a wrong shape or dtype, or in decoding there is no
+                cache.
         """
+        if lengths is not None and not self.decode:
+            raise ValueError("lengths: expected None without decode=True; negative segment_ids are padding")
+        if segment_ids is not None and self.decode:
+            raise ValueError("segment_ids: expected None in decoding, where a row is one segment")
+        if self.decode and self.cache is None:
+            raise ValueError("decode: expected a cache, which init_cache makes, got none")
         segment_ids, tokens = positions(x, segment_ids)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [B, T, in_features={self.in_features}], got {list(x.shape)}")
         gate = jax.nn.sigmoid(self.gate(x))
         maps = None if self.compression == "mean" else (self.compress_key, self.compress_value)
-        output = attend(
-            self, self.query(x), self.key(x), self.value(x), gate, tokens=tokens, segment_ids=segment_ids, maps=maps
-        )
+        arrays = self.query(x), self.key(x), self.value(x), gate
+        if self.decode:
+            output, seen = attend_next(self, self.cache.get_value(), *arrays, lengths=lengths, maps=maps)
+            self.cache.set_value(seen)
+        else:
+            output = attend(self, *arrays, tokens=tokens, segment_ids=segment_ids, maps=maps)
         return self.out(output)
+
+    def init_cache(self, input_shape: tuple[int, int, int], dtype: jnp.dtype = jnp.float32) -> None:
+        """Makes an empty cache, in place of one that there is.
+
+        Args:
+            input_shape: B, the tokens that a row has room for, and in_features.
+            dtype: of keys and values.
+        """
+        batch, capacity, _ = input_shape
+        learned, sizes = self.compression != "mean", widths(self, self.in_features)
+        self.cache = nnx.Cache(init_state(self, batch, capacity, sizes, dtype, learned=learned))
 
     def _map_maker(self, **options) -> Callable[..., nnx.Module]:
         if self.compression == "mlp":

@@ -41,6 +41,13 @@ def note(key: Hashable, compile_kernel: Callable[[], object]) -> None:
                 _noted[key] = compile_kernel
 
 
+def forget() -> None:
+    """Forgets what was noted and is not compiled yet."""
+    if not _works():
+        with _lock:
+            _noted.clear()
+
+
 def finish() -> None:
     """Compiles all that were noted since the last time, and returns when that is done.
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nsa_jax.train import hosts
 from nsa_jax.train.folder import plain_path
 from nsa_jax.train.step import TrainState
 
@@ -35,7 +37,8 @@ class Checkpoints:
         self.unfinished = []
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
-            self.unfinished = sorted(path.name for path in folder.iterdir() if _UNFINISHED in path.name)
+            unfinished = (path.name for path in folder.iterdir() if _UNFINISHED in path.name)
+            self.unfinished = sorted(unfinished) if hosts.is_first() else []
         for name in self.unfinished:
             shutil.rmtree(folder / name, ignore_errors=True)
         # synchronous: the next step consumes the very buffers that are written
@@ -98,7 +101,7 @@ class Checkpoints:
         state = self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
         if _checksum(state) != checksum:
             raise self._unreadable(step, "its checksum is another")
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state)):
             raise self._unreadable(step, "its parameters are not finite")
         return state
 
@@ -124,4 +127,6 @@ def _line(error: Exception) -> str:
 
 def _checksum(state: TrainState) -> int:
     """CRC-32 of every array: the files of a checkpoint have none over their contents."""
-    return functools.reduce(lambda crc, leaf: zlib.crc32(np.asarray(leaf).data, crc), jax.tree.leaves(state), 0)
+    return functools.reduce(
+        lambda crc, leaf: zlib.crc32(np.ascontiguousarray(hosts.whole(leaf)).data, crc), jax.tree.leaves(state), 0
+    )

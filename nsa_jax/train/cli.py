@@ -70,9 +70,14 @@ _fail = functools.partial(command.fail, "nsa-train")
 def _run(arguments: Sequence[str] | None, console) -> int:
     from jax.errors import JaxRuntimeError
 
+    from nsa_jax.train import hosts, mesh
+
     try:
         asked = _parser().parse_args(arguments)
         _refuse_empty(asked)
+        asked.mesh = None if asked.mesh is None else mesh.parse_mesh(asked.mesh)
+        hosts.join()
+        console.quiet = not hosts.is_first()
         config = _config(asked)
         folder = Path(asked.out or f"runs/{asked.preset}-{config.model.attention}")
         others = [Path(other) for other in asked.compare]
@@ -115,7 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", help="folder for checkpoints, metrics, plot and sample; runs/PRESET-ATTENTION by default"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
-    parser.add_argument("--devices", type=int, help="local devices to divide a batch over; all by default")
+    parser.add_argument("--devices", type=int, help="how many devices to use; all by default")
+    parser.add_argument(
+        "--mesh",
+        help="how the devices share the work, such as data=2,fsdp=2,tensor=2: rows; rows, parameters and optimiser;"
+        " heads and MLP. All along data by default",
+    )
     parser.add_argument(
         "--compare", nargs="+", action="extend", default=[], help="folders of other runs to draw into the plot"
     )
@@ -157,8 +167,18 @@ def _prepare(asked: argparse.Namespace, config, folder: Path, others: list[Path]
         raise ValueError(f"out: {folder} cannot be written, {there} is {'read-only' if there.is_dir() else 'a file'}")
     for other in others:
         read_metrics(other)
-    devices = jax.local_devices()
+    devices = jax.devices()
+    if jax.process_count() > 1 and asked.devices not in (None, len(devices)):
+        raise ValueError(f"devices: expected all {len(devices)} of several hosts, got {asked.devices}")
     if asked.devices is not None and not 1 <= asked.devices <= len(devices):
         raise ValueError(f"devices: expected 1 to {len(devices)}, got {asked.devices}")
     documents = read_documents(asked.data, asked.pattern, folder)
-    return Run(config, documents, folder, devices=devices[: asked.devices], resume=asked.resume, console=console)
+    return Run(
+        config,
+        documents,
+        folder,
+        devices=devices[: asked.devices],
+        mesh=asked.mesh,
+        resume=asked.resume,
+        console=console,
+    )

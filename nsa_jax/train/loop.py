@@ -7,20 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from nsa_jax.linen import NSATransformer
-from nsa_jax.train import report, signals
+from nsa_jax.train import hosts, report, signals
 from nsa_jax.train.ahead import check_memory, compile_step
 from nsa_jax.train.checkpoint import Checkpoints
 from nsa_jax.train.config import TrainConfig
 from nsa_jax.train.documents import split
 from nsa_jax.train.folder import CHECKPOINTS, METRICS, PLOT, SAMPLE, locked, set_aside, write_whole
+from nsa_jax.train.mesh import check_divides, make_mesh, put
 from nsa_jax.train.metrics import MetricsLog, plot_runs
 from nsa_jax.train.packing import batch_rows, in_batches, pack
 from nsa_jax.train.sample import generate
 from nsa_jax.train.screen import say
-from nsa_jax.train.step import bits_per_byte, init_state, learning_rate, make_mesh, make_sums, put
+from nsa_jax.train.step import bits_per_byte, init_state, learning_rate, make_sums
 
 # steps from one look at the loss to the next: looking waits for the device
 LOG_INTERVAL = 10
@@ -33,7 +35,8 @@ class Run:
         config: the run.
         documents: the text.
         folder: where checkpoints and metrics go; made if missing, once all else is known to be well.
-        devices: over which the rows of a batch are divided.
+        devices: of all hosts.
+        mesh: the size of each axis of the mesh that they form, see `mesh.AXES`; None for all of them along "data".
         resume: whether to go on from the newest checkpoint in the folder.
         console: where to report.
 
@@ -41,9 +44,9 @@ class Run:
         state: the TrainState as it is now.
 
     Raises:
-        ValueError: the batch does not divide over the devices, a step cannot be compiled or does not fit into memory,
-            another run is at work in the folder, the folder holds a run and resume is False, or there is no checkpoint
-            to resume that fits and can be read.
+        ValueError: the mesh is not of these devices, or does not divide the batch or the model, a step cannot be
+            compiled or does not fit into memory, another run is at work in the folder, the folder holds a run and
+            resume is False, or there is no checkpoint to resume that fits and can be read.
         OSError: the folder cannot be written.
     """
 
@@ -54,13 +57,13 @@ class Run:
         folder: Path,
         *,
         devices: Sequence[jax.Device],
+        mesh: dict[str, int] | None = None,
         resume: bool,
         console: Console,
     ):
-        if config.batch_size % len(devices):
-            raise ValueError(f"batch_size: expected a multiple of the {len(devices)} devices, got {config.batch_size}")
         self._config, self._folder, self._console = config, folder, console
-        self._mesh = make_mesh(list(devices))
+        self._mesh = make_mesh(devices, mesh)
+        check_divides(config.model, config.batch_size, self._mesh)
         check_memory(config, self._mesh)
         parts = split(documents, config.held_out, config.seed)
         training, held_out = (pack(part, config.sequence_length) for part in parts)
@@ -86,7 +89,8 @@ class Run:
         """Locks the folder and says whether the run may have it."""
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(folder))
+        if hosts.is_first():
+            stack.enter_context(locked(folder))
         self._checkpoints = Checkpoints(folder / CHECKPOINTS, identity)
         stack.callback(self._checkpoints.close)
         for name in self._checkpoints.unfinished:
@@ -102,7 +106,7 @@ class Run:
         if resume:
             self.state = self._checkpoints.restore(self.state)
         else:
-            for name in (METRICS, PLOT, SAMPLE):
+            for name in (METRICS, PLOT, SAMPLE) if hosts.is_first() else ():
                 if aside := set_aside(self._folder / name):
                     say(self._console, f"found {name} of an earlier start without a checkpoint: kept as {aside.name}")
         step = int(self.state.step)
@@ -129,7 +133,7 @@ class Run:
         """
         size = sum(x.size for x in jax.tree.leaves(self.state.params))
         attention = report.describe_attention(self._config.model)
-        say(self._console, f"{size / 1e6:.1f} M parameters, {attention}, {self._mesh.size} device(s)")
+        say(self._console, f"{size / 1e6:.1f} M parameters, {attention}, {_describe(self._mesh)}")
         rows, length = self._rows.tokens.shape
         say(self._console, f"{rows} rows of {length} tokens, results in {self._folder}")
         try:
@@ -148,7 +152,10 @@ class Run:
     def leave_results(self, others: Sequence[Path]) -> None:
         """Draws loss.png, other runs' curves in it, writes sample.txt and shows it, and says what the run took."""
         key = jax.random.fold_in(jax.random.key(self._config.seed), int(self.state.step))
-        params = jax.device_put(self.state.params, jax.devices()[0])
+        params = jax.tree.map(hosts.whole, self.state.params)
+        if not hosts.is_first():
+            return
+        params = jax.device_put(params, jax.local_devices()[0])
         text = generate(NSATransformer(self._config.model), params, key, num_bytes=self._config.sample_bytes)
         write_whole(self._folder / SAMPLE, text.encode())
         plot_runs(self._folder / PLOT, [self._folder, *others])
@@ -179,7 +186,8 @@ class Run:
                     self._evaluate(step)
                 if step % config.checkpoint_interval == 0:
                     self._save()
-                if interrupted():
+                # hosts stop at the same step
+                if (jax.process_count() == 1 or step % LOG_INTERVAL == 0) and hosts.any_of(interrupted()):
                     return last
                 if step % LOG_INTERVAL == 0:
                     clock, tokens = time.perf_counter(), 0
@@ -212,3 +220,8 @@ class Run:
             raise FloatingPointError(f"step {step}: the held-out loss is {value}")
         self._log.write(step=step, held_out_bits_per_byte=value, peak_memory_bytes=report.peak_memory())
         say(self._console, f"step {step}: held out {value:.3f} bits per byte")
+
+
+def _describe(mesh: Mesh) -> str:
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} device(s)" + (f" ({axes})" if axes else "")

@@ -4,17 +4,19 @@ import io
 import json
 import math
 import operator
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nsa_jax.train import hosts
 from nsa_jax.train.folder import METRICS as FILE
 from nsa_jax.train.folder import write_whole
 from nsa_jax.train.screen import printable
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl of a run.
+    """Appends to metrics.jsonl of a run; of several hosts the first does.
 
     Args:
         folder: the run's.
@@ -32,7 +34,10 @@ class MetricsLog:
         lines = read_metrics(folder) if path.exists() else []
         kept = [line for line in lines if line["step"] <= from_step]
         self.dropped = len(lines) - len(kept)
-        write_whole(path, "".join(map(_line, kept)).encode())
+        if not hosts.is_first():
+            path = Path(os.devnull)
+        else:
+            write_whole(path, "".join(map(_line, kept)).encode())
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, **values: Any) -> None:

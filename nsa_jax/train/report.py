@@ -58,7 +58,7 @@ def show_summary(console: Console, folder: Path) -> None:
 
 def peak_memory() -> int:
     """Bytes: the most that was in use on the first GPU, or by this process where there is none."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,22 +1,21 @@
-"""The optimiser and the jitted steps, data parallel over a mesh."""
+"""The optimiser and the jitted steps, on a mesh."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nsa_jax.linen import NSATransformer
 from nsa_jax.train.config import TrainConfig
-from nsa_jax.train.packing import BEGIN, Rows
+from nsa_jax.train.mesh import RULES, like_params, param_shardings
+from nsa_jax.train.packing import BEGIN
 
 Array = jax.Array
-
-AXIS = "data"
 
 
 @flax.struct.dataclass
@@ -32,11 +31,6 @@ class TrainState:
     step: Array
     params: dict
     opt_state: optax.OptState
-
-
-def make_mesh(devices: list[jax.Device]) -> Mesh:
-    """A mesh with the one axis "data"."""
-    return Mesh(np.array(devices), (AXIS,))
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -68,45 +62,57 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(chain.init, update)
 
 
-def make_init(config: TrainConfig, mesh: Mesh) -> Callable:
-    """A jitted function () -> the state before the first step, replicated over the mesh; a function of the seed."""
+def _boxed_params(config: TrainConfig) -> dict:
+    tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
+    return NSATransformer(config.model).init(jax.random.key(config.seed), tokens)["params"]
 
-    def init():
-        tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
-        params = nn.unbox(NSATransformer(config.model).init(jax.random.key(config.seed), tokens))["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _init(config: TrainConfig) -> TrainState:
+    params = nn.unbox(_boxed_params(config))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    params = param_shardings(jax.eval_shape(lambda: _boxed_params(config)), mesh)
+    state = jax.eval_shape(lambda: _init(config))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        like_params(state, params, mesh),
+    )
 
 
 def init_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The state before the first step."""
-    return make_init(config, mesh)()
+    """The state before the first step, a function of the seed: on each device of the mesh its share."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return jax.jit(lambda: _init(config), out_shardings=shardings)()
 
 
-def put(rows: Rows, mesh: Mesh) -> tuple[Array, Array]:
-    """(tokens, segment_ids) [B, T] on the mesh, rows over its devices."""
-    return jax.device_put(tuple(rows), NamedSharding(mesh, PartitionSpec(AXIS)))
+@contextlib.contextmanager
+def _sharded_activations(mesh: Mesh) -> Iterator[None]:
+    """Around the tracing of the model: its activations are put on the mesh by the logical axis rules."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+        yield
 
 
 def make_sums(config: TrainConfig, mesh: Mesh) -> Callable:
-    """A function (params, tokens, segment_ids) -> (nats, targets, bytes): float32 sums over the rows of all devices.
+    """A function (params, tokens, segment_ids) -> (nats, targets, bytes): float32 sums over all rows, to be jitted.
 
     A target is the next token of the same segment; a byte is a target that is one.
     """
     model = NSATransformer(config.model)
 
-    # each device has its rows to itself: a Triton kernel cannot be partitioned for it
     def sums(params, tokens, segment_ids):
-        logits = model.apply({"params": params}, tokens, segment_ids)[:, :-1]
+        with _sharded_activations(mesh):
+            logits = model.apply({"params": params}, tokens, segment_ids)[:, :-1]
         target = tokens[:, 1:]
         counts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         parts = jnp.where(counts, nats, 0.0), counts, counts & (target < BEGIN)
-        return jax.lax.psum([part.astype(jnp.float32).sum() for part in parts], AXIS)
+        return [part.astype(jnp.float32).sum() for part in parts]
 
-    rows, same = PartitionSpec(AXIS), PartitionSpec()
-    return jax.shard_map(sums, mesh=mesh, in_specs=(same, rows, rows), out_specs=same)
+    return sums
 
 
 def make_train_step(config: TrainConfig, mesh: Mesh) -> Callable:
@@ -130,7 +136,8 @@ def make_train_step(config: TrainConfig, mesh: Mesh) -> Callable:
         metrics["finite"] = jnp.stack(finite).all()
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
 def bits_per_byte(nats: Array, num_bytes: Array) -> Array:

@@ -118,6 +118,31 @@ def test_a_training_step_lowers_the_loss():
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)))
 
 
+@pytest.mark.parametrize("fields", [{}, LEARNED], ids=["plain", "learned"])
+def test_decoding_gives_what_the_whole_text_gives(fields):
+    x = X[:, :70]
+    module = randomised(layer(**fields))
+    whole = apply(module, x)
+    decoder = layer(**fields, decode=True)
+    load_linen(decoder, to_linen(module))
+    decoder.init_cache(x.shape)
+    assert set(by_name(decoder)) == set(by_name(module))
+    pieces = [apply(decoder, x[:, begin : begin + 35]) for begin in (0, 35)]
+    # the same sums in float32, in another order
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=2e-4, atol=2e-5)
+    assert jax.tree.leaves(nnx.state(decoder, nnx.Cache))
+
+
+def test_decoding_wants_a_cache_and_no_segments():
+    decoder = layer(decode=True)
+    with pytest.raises(ValueError, match="decode: expected a cache, which init_cache makes, got none"):
+        decoder(X)
+    with pytest.raises(ValueError, match="segment_ids: expected None in decoding"):
+        decoder(X, SEGMENT_IDS)
+    with pytest.raises(ValueError, match="lengths: expected None without decode=True"):
+        layer()(X, lengths=jnp.array([3, 4]))
+
+
 def test_a_custom_map_is_made_for_keys_and_for_values():
     class Pick(nnx.Module):
         def __init__(self, window, width, *, rngs):
