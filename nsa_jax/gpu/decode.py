@@ -154,7 +154,7 @@ class _Sizes(NamedTuple):
     stages: int
 
 
-_PROGRAMS = 4  # of a multiprocessor: enough for the copies in flight to hide the memory's latency
+_PROGRAMS = 3  # of a multiprocessor: enough for the copies in flight to hide the memory's latency
 _MOST_SPLITS = 64
 _KEYS = 32  # of a tile: a warp's share of a product with them fits its registers
 _STAGES = 3  # two tiles on their way while one is multiplied
