@@ -55,6 +55,13 @@ def compressed_pairs(case: Case) -> int:
     return case.B * (windows * first - case.stride * windows * (windows - 1) // 2)
 
 
+def step_keys(case: Case) -> tuple[int, int, int]:
+    """Keys that the queries of a step read of each kv head and row: compressed, selected, sliding."""
+    blocks = min(case.S * case.block_size, case.T)
+    windows = max(0, (case.T - case.window) // case.stride + 1)
+    return windows, case.queries * blocks, min(case.window_size + case.queries - 1, case.T)
+
+
 def selected_pairs(case: Case) -> int:
     """Visible pairs per head where every query takes as many of S blocks as there are, its own among them."""
     total = 0

@@ -14,6 +14,8 @@ from providers import Workload
 
 _CACHE_BYTES = 128 * 2**20  # more than the L2 of any GPU there is
 _MOST_COPIES = 8
+_MOST_READ_COPIES = 24  # where little is read of large arrays
+_MOST_BYTES = 2**34
 _HOST_BOUND = 0.7  # of the time of a call
 _CHAIN = 8  # calls
 
@@ -27,7 +29,7 @@ def row(row: Row, scale: Scale, implementation: str) -> dict[str, Any]:
     workload = providers.build(row.provider, row.case, scale, implementation)
     step, arguments = _step(workload, row.direction)
     program, seconds = _compile(step, arguments)
-    sets = _copies(arguments)
+    sets = _copies(arguments, workload.facts.get("read_bytes"))
     effort = {"sample_seconds": scale.sample_seconds, "samples": scale.samples}
     taken = timing.time_calls(program, sets, jax.block_until_ready, **effort)
     result = {
@@ -85,16 +87,17 @@ def _compile(step: Callable, arguments: tuple) -> tuple[Any, dict[str, float]]:
     return program, {"trace_s": traced - begin, "compile_s": time.perf_counter() - traced}
 
 
-def _copies(arguments: tuple) -> list[tuple]:
-    """Argument sets that together exceed the cache, as far as _MOST_COPIES goes."""
+def _copies(arguments: tuple, read: int | None) -> list[tuple]:
+    """Argument sets of which so much is read, all unless told, that it exceeds the cache, as far as memory goes."""
     size = sum(x.nbytes for x in jax.tree.leaves(arguments))
-    copies = min(_MOST_COPIES, math.ceil(_CACHE_BYTES / max(size, 1)))
+    most = _MOST_COPIES if read is None else max(1, min(_MOST_READ_COPIES, _MOST_BYTES // size))
+    copies = min(most, math.ceil(_CACHE_BYTES / max(read or size, 1)))
     return [arguments, *(jax.tree.map(lambda x: x.copy(), arguments) for _ in range(copies - 1))]
 
 
 def chained_ms(step: Callable, sets: list[tuple], kernels: int, *, sample_seconds: float, samples: int) -> float | None:
     """Milliseconds per call where one program makes all calls in turn; None where the compiler merged some of them."""
-    sets = [sets[i % len(sets)] for i in range(_CHAIN)]
+    sets = [sets[i % len(sets)] for i in range(max(_CHAIN, len(sets)))]
 
     def chain(sets):
         results = []

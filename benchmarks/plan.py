@@ -2,9 +2,10 @@
 
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Sequence
 
-SWEEPS = ("parts", "long", "original")
+SWEEPS = ("parts", "long", "original", "decode")
 SELECTIONS = ("random", "topk", "realistic")
 
 
@@ -16,6 +17,7 @@ class Case:
         window_size: tokens of the sliding branch.
         window, stride: of the compression.
         selection: "random", "topk" (of random data) or "realistic" (neighbouring tokens choose alike).
+        queries: of a step of decoding, at the end of each row; 0 elsewhere.
         overlap: for "realistic", distinct blocks of 4 neighbouring tokens over the sum of their picks.
     """
 
@@ -32,6 +34,7 @@ class Case:
     dtype: str
     selection: str
     overlap: float
+    queries: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Scale:
     original_lengths: tuple[int, ...]
     original_rows: int
     original_window: int
+    decode_lengths: tuple[int, ...]
+    decode_rows: tuple[int, ...]
+    decode_tokens: int  # in a cache, at most
+    prefill: tuple[int, int]  # tokens of a row, and of a chunk
     matmul: int
     copy_bytes: int
     sample_seconds: float
@@ -75,6 +82,8 @@ FULL = Scale(
     ),
     paper=(32, 16), parts_length=65536, long_lengths=(65536, 8192, 32768, 131072, 16384, 4096), long_tokens=65536,
     original_lengths=(8192, 4096, 16384, 1024, 2048, 512, 256, 128), original_rows=4, original_window=64,
+    decode_lengths=(65536, 131072, 4096, 16384), decode_rows=(32, 1, 8, 128), decode_tokens=2**23,
+    prefill=(131072, 8192),
     matmul=8192, copy_bytes=2**31, sample_seconds=0.02, samples=7,
 )  # fmt: skip
 SMOKE = Scale(
@@ -84,6 +93,7 @@ SMOKE = Scale(
     ),
     paper=(8, 4), parts_length=128, long_lengths=(128, 64), long_tokens=128,
     original_lengths=(64, 32), original_rows=2, original_window=16,
+    decode_lengths=(128, 64), decode_rows=(2, 1), decode_tokens=256, prefill=(64, 16),
     matmul=128, copy_bytes=2**16, sample_seconds=0.001, samples=3,
 )  # fmt: skip
 
@@ -156,8 +166,29 @@ def _original(scale: Scale, fla: bool) -> list[Row]:
     return _listed("original", planned)
 
 
+def _decode(scale: Scale, fla: bool) -> list[Row]:
+    window, stride = scale.paper
+    planned = [("ceiling-copy", ("forward",), scale.base)]
+    for length, batch in itertools.product(scale.decode_lengths, scale.decode_rows):
+        if length * batch > scale.decode_tokens:
+            continue
+        case = dataclasses.replace(scale.base, B=batch, T=length, queries=1)
+        paper = dataclasses.replace(case, window=window, stride=stride)
+        planned += [("decode", ("forward",), case), ("decode-paper", ("forward",), paper)]
+        planned += [(name, ("forward",), case) for name in ("decode-cudnn", "decode-xla")]
+        planned += [("decode-4", ("forward",), dataclasses.replace(case, queries=4))]
+    prefill = dataclasses.replace(scale.base, B=1, T=scale.prefill[0], queries=scale.prefill[1])
+    return _listed(
+        "decode", [*planned, ("prefill", ("forward",), prefill), ("dense", ("forward",), _without_queries(prefill))]
+    )
+
+
+def _without_queries(case: Case) -> Case:
+    return dataclasses.replace(case, queries=0)
+
+
 def _listed(sweep: str, planned) -> list[Row]:
     return [Row(name, direction, case, (sweep,)) for name, directions, case in planned for direction in directions]
 
 
-_SWEEPS = {"parts": _parts, "long": _long, "original": _original}
+_SWEEPS = {"parts": _parts, "long": _long, "original": _original, "decode": _decode}

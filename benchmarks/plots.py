@@ -24,6 +24,12 @@ _NAMES = {
     "selection-paper": "selection",
     "selected": "selected",
 }
+_STEPS = {
+    "decode": ("NSA", "-", "#0072B2"),
+    "decode-paper": ("NSA, l=32 d=16", "--", "#56B4E9"),
+    "decode-cudnn": ("dense, cuDNN", "-", "#D55E00"),
+    "decode-xla": ("dense, XLA", "--", "#E69F00"),
+}
 _LIBRARY = ("dense", "cudnn-window")
 _LIBRARIES = {"triton": "cuDNN", "xla": "XLA"}
 _DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
@@ -55,7 +61,28 @@ def save_plots(folder: Path, results: Results, rows: Sequence[Row]) -> list[Path
     parts = [r for r in rows if "parts" in r.sweeps and r.provider in _NAMES and r.direction in ("forward", "backward")]
     if figure := _shares(results, parts):
         written.append(_save(figure, folder / "share.png", results))
+    steps = [r for r in rows if r.provider in _STEPS and _time(results, r)]
+    if steps:
+        written.append(_save(_draw_steps(results, steps), folder / "decode.png", results))
     return written
+
+
+def _draw_steps(results: Results, rows: Sequence[Row]) -> Figure:
+    """Time of a step over the length of the rows, a panel per number of rows."""
+    batches = sorted({row.case.B for row in rows})
+    figure = Figure(figsize=(3.4 * len(batches) + 1, 4.4), layout="constrained")
+    for ax, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        panel = [row for row in rows if batch == row.case.B]
+        for provider, (name, style, colour) in _STEPS.items():
+            points = [(r.case.T, 1e3 * _time(results, r)) for r in panel if r.provider == provider]
+            if points:
+                ax.plot(*_sorted(points), style, marker="o", markersize=4, color=colour, label=name)
+        _length_axis(ax, panel, "decode")
+        ax.set_yscale("log")
+        ax.set_title(f"B={batch}", fontsize=10, loc="left", color=_INK)
+        ax.set_ylabel("µs per layer and step")
+        ax.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def _legend(providers: Sequence[str], implementation: str) -> list[Line2D]:

@@ -1,5 +1,6 @@
 """What is timed: nsa_jax whole and by branch, dense and windowed attention by cuDNN, and the two ceilings."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -165,6 +166,95 @@ def _cudnn_window(case: Case, implementation: str) -> Workload:
     return _dense(case, implementation, case.window_size)
 
 
+def _cache(case: Case):
+    """A full cache of random keys: (query, key, value, compressed key, compressed value), gates, (length, start)."""
+    random = jax.random.split(jax.random.key(6), 5)
+
+    def normal(key, length, heads):
+        return jax.random.normal(key, (case.B, length, heads, case.D), case.dtype)
+
+    lengths = (case.queries, case.T, case.T, case.T // case.stride, case.T // case.stride)
+    arrays = [
+        normal(key, n, case.N if i == 0 else case.H) for i, (key, n) in enumerate(zip(random, lengths, strict=True))
+    ]
+    gates = tuple(jax.random.uniform(key, (case.B, case.queries, case.N), case.dtype) for key in random[:3])
+    length = jnp.full(case.B, case.T, jnp.int32)
+    return arrays, gates, (length, length - case.queries)
+
+
+def _decode(case: Case, implementation: str) -> Workload:
+    """One layer's attention in a step: the last tokens of full rows."""
+    arrays, gates, (length, start) = _cache(case)
+
+    def function(query, key, value, compressed_key, compressed_value, *others):
+        *gates, length, start = others
+        cache = nsa_jax.KVCache(
+            key=key, value=value, compressed_key=compressed_key, compressed_value=compressed_value,
+            length=length, start=start, count=jnp.full_like(length, case.queries), block_size=case.block_size,
+            compression_window=case.window, compression_stride=case.stride,
+        )  # fmt: skip
+        return nsa_jax.cached_attention(
+            query, cache, compressed_gate=gates[0], selected_gate=gates[1], sliding_gate=gates[2],
+            block_counts=case.S, window_size=case.window_size, implementation=implementation,
+        )  # fmt: skip
+
+    keys = arithmetic.step_keys(case)
+    pairs = case.B * (case.queries * (keys[0] + keys[2]) + keys[1])
+    read = case.B * sum(keys) * 2 * case.H * case.D * arrays[0].dtype.itemsize
+    work = arithmetic.attention(pairs, case.N, case.D)
+    return Workload(function, (*arrays, *gates), (length, start), None, work, {"read_bytes": read})
+
+
+def _decode_dense(case: Case, implementation: str, library: str) -> Workload:
+    """The same step with attention to all keys."""
+    (query, key, value, *_), _, (length, _) = _cache(case)
+
+    def function(query, key, value, length):
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=length, query_seq_lengths=jnp.full_like(length, case.queries),
+            implementation=library,
+        )  # fmt: skip
+
+    pairs = case.B * case.queries * case.T
+    read = case.B * case.T * 2 * case.H * case.D * query.dtype.itemsize
+    work = arithmetic.attention(pairs, case.N, case.D)
+    return Workload(function, (query, key, value), (length,), None, work, {"read_bytes": read})
+
+
+def _decode_cudnn(case: Case, implementation: str) -> Workload:
+    return _decode_dense(case, implementation, "cudnn")
+
+
+def _decode_xla(case: Case, implementation: str) -> Workload:
+    return _decode_dense(case, implementation, "xla")
+
+
+def _prefill(case: Case, implementation: str) -> Workload:
+    """A row put into a cache in chunks of case.queries tokens, each attended with as it comes."""
+    arrays = inputs.make(dataclasses.replace(case, queries=0))
+
+    def function(query, key, value, *gates):
+        def chunks(x):
+            return x.reshape(case.B, case.T // case.queries, case.queries, *x.shape[2:]).swapaxes(0, 1)
+
+        def step(cache, chunk):
+            query, key, value, *gates = chunk
+            cache = nsa_jax.extend_cache(cache, key, value)
+            output = nsa_jax.cached_attention(
+                query, cache, compressed_gate=gates[0], selected_gate=gates[1], sliding_gate=gates[2],
+                block_counts=case.S, window_size=case.window_size, implementation=implementation,
+            )  # fmt: skip
+            return cache, output
+
+        cache = nsa_jax.init_cache(
+            case.B, case.T, case.H, case.D, block_size=case.block_size, compression_window=case.window,
+            compression_stride=case.stride, dtype=query.dtype,
+        )  # fmt: skip
+        return jax.lax.scan(step, cache, tuple(map(chunks, (query, key, value, *gates))))[1]
+
+    return Workload(function, (*arrays[:3], *arrays.gates), (), None, _nsa(case, implementation).work)
+
+
 def _matmul(scale: Scale, case: Case) -> Workload:
     """A square matrix product, random data: on zeros a GPU draws less power and clocks higher."""
     a, b = (jax.random.normal(k, (scale.matmul,) * 2, case.dtype) for k in jax.random.split(jax.random.key(3)))
@@ -189,5 +279,11 @@ _PROVIDERS = {
     "selected": _selected,
     "sliding": _sliding,
     "dense": _dense,
+    "decode": _decode,
+    "decode-4": _decode,
+    "decode-paper": _decode,
+    "decode-cudnn": _decode_cudnn,
+    "decode-xla": _decode_xla,
+    "prefill": _prefill,
     "cudnn-window": _cudnn_window,
 }

@@ -13,10 +13,11 @@ from rich.table import Table
 _TITLES = {
     "parts": "Parts",
     "long": "Long rows, at a fixed number of tokens",
+    "decode": "Steps of decoding, and prefill",
     "original": "The sweep of the original's benchmark",
 }
 _DIRECTIONS = {"both": "fwd+bwd", "forward": "fwd", "backward": "bwd", "dq": "bwd: dq"}
-_HAVE_DENSE = ("nsa", "nsa-paper", "nsa-given")
+_HAVE_DENSE = ("nsa", "nsa-paper", "nsa-given", "decode", "decode-paper", "prefill")
 _USE_SELECTION = ("nsa", "nsa-given", "nsa-paper", "selection", "selection-paper", "selected", "fla-selected")
 _LEGEND = (
     "ms: median device time of a call, ± its interquartile range. TFLOP/s: arithmetic over visible pairs only."
@@ -82,7 +83,7 @@ def _cells(row: Row, results: Results) -> list[str]:
         f"{dense / time:.2f}x" if dense else "",
         str(taken.get("kernels") or ""),
         f"{taken['temp_bytes'] / taken['query_bytes']:.2f}" if taken.get("temp_bytes") is not None else "",
-        "; ".join(_notes(taken)),
+        "; ".join([*_notes(taken), *_floor(taken, results)]),
     ]
 
 
@@ -91,9 +92,20 @@ def _measured(results: Results, provider: str, direction: str) -> dict[str, Any]
 
 
 def _dense(row: Row, results: Results) -> dict[str, Any] | None:
-    """Dense attention on the same shape, whatever its data: its time does not depend on them."""
+    """The fastest dense attention on the same shape, whatever its data: its time does not depend on them."""
     shape = row.key.split("/")[2]
-    return _measured(results, "dense", f"{row.direction}/{shape}")
+    providers = ("decode-cudnn", "decode-xla") if row.provider.startswith("decode") else ("dense",)
+    found = [_measured(results, provider, f"{row.direction}/{shape}") for provider in providers]
+    return min((x for x in found if milliseconds(x)), key=milliseconds, default=None)
+
+
+def _floor(taken: dict[str, Any], results: Results) -> list[str]:
+    """How much longer a step takes than to copy what it reads."""
+    copy = _measured(results, "ceiling-copy", "forward")
+    if "read_bytes" not in taken or not milliseconds(copy):
+        return []
+    floor = taken["read_bytes"] / copy["bytes"] * milliseconds(copy)
+    return [f"{milliseconds(taken) / floor:.2f} times the copy of {taken['read_bytes'] / 1e6:.3g} MB"]
 
 
 def _first_step(taken: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def _source_digest() -> str:
     """Twelve digits that change with the ops' and kernels' source."""
     digest = hashlib.sha256()
     for folder in (*nsa_jax.__path__, *importlib.util.find_spec("nsa_jax.kernels").submodule_search_locations):
-        for path in sorted(Path(folder).glob("*.py")):
+        for path in sorted(Path(folder).rglob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

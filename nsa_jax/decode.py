@@ -254,6 +254,8 @@ def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
     """`cached_attention` of checked arguments."""
     query, cache, gates, block_counts = jax.tree.unflatten(tree, leaves)
     queries = query.shape[1]
+    if implementation == "triton" and queries <= FEW_QUERIES:
+        return _few(config, query, cache, gates, block_counts)
     place, lost = rows.placement(cache, queries)
     is_placed = jnp.arange(queries, dtype=jnp.int32)[None] < place.count[:, None]
     gates = jax.tree.map(lambda gate: clear_padding(jnp.broadcast_to(gate, query.shape[:3]), is_placed), gates)
@@ -262,15 +264,20 @@ def _attend(config: Config, implementation: str, tree, *leaves: Array) -> Array:
     return jnp.where(lost[..., None, None], jnp.asarray(jnp.nan, output.dtype), output)
 
 
-def _triton(config, query, cache, gates, block_counts, place) -> Array:
-    """[B, Tq, N, V], 0 for padding: a few queries by kernels of their own, more by those for whole rows."""
-    counts = config.max_block_count if block_counts is None else block_counts
-    if query.shape[1] <= FEW_QUERIES:
-        from nsa_jax.gpu import decode
+def _few(config, query, cache, gates, block_counts) -> Array:
+    """`_attend` of a few queries by kernels of their own, which also see to padding and to what did not fit."""
+    from nsa_jax.gpu import decode
 
-        return decode.attend(config, query, *rows.pools(cache), *place, gates, counts)
+    gates = jax.tree.map(lambda gate: jnp.broadcast_to(gate, query.shape[:3]), gates)
+    counts = config.max_block_count if block_counts is None else block_counts
+    return decode.attend(config, query, *rows.pools(cache), cache.start, cache.count, gates, counts, cache.length)
+
+
+def _triton(config, query, cache, gates, block_counts, place) -> Array:
+    """[B, Tq, N, V], 0 for padding, by the kernels for whole rows."""
     from nsa_jax.gpu import whole
 
+    counts = config.max_block_count if block_counts is None else block_counts
     number = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     is_placed = number < place.count[:, None]
     query, query_indices = clear_padding(query, is_placed), jnp.where(is_placed, place.start[:, None] + number, -1)

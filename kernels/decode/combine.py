@@ -49,7 +49,7 @@ def combine(
     QUERIES: tl.constexpr, WITH_LENGTH: tl.constexpr, H: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
     COMPRESSED_SPLITS: tl.constexpr, SELECTED_SPLITS: tl.constexpr, SLIDING_SPLITS: tl.constexpr,
     COMPRESSED_PADDED: tl.constexpr, SELECTED_PADDED: tl.constexpr, SLIDING_PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, TAINTED: tl.constexpr,
 ):  # fmt: skip
     """output [B, QUERIES, N, V], 0 for padding and NaN for queries that do not fit in their row. Grid: B * QUERIES * N.
 
@@ -77,7 +77,7 @@ def combine(
         first = query * (SPLITS * G) + g
         selected = _load(near_peaks, near_totals, near_sums, first, G, V, COLUMNS, SELECTED_SPLITS, SELECTED_PADDED)
         by_selected = tl.load(selected_gate + index).to(tl.float32)
-        tainted = tl.load(taint + query)
+        tainted = tl.load(taint + query) if TAINTED else 0.0
     if SLIDING_SPLITS > 0:
         first = (query * SPLITS + SELECTED_SPLITS) * G + g
         sliding = _load(near_peaks, near_totals, near_sums, first, G, V, COLUMNS, SLIDING_SPLITS, SLIDING_PADDED)

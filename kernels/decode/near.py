@@ -16,13 +16,13 @@ def near(
     K: tl.constexpr, V: tl.constexpr,
     K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, PAGE: tl.constexpr,
     POOL: tl.constexpr, COUNTED: tl.constexpr, S: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SELECTED_SPLITS: tl.constexpr, SLIDING_SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TILES: tl.constexpr,
+    ALL: tl.constexpr, SELECTED_SPLITS: tl.constexpr, SLIDING_SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Writes peaks, totals [B, H, QUERIES, SPLITS, G] and sums [B, H, QUERIES, SPLITS, G, V], all float32.
 
     The splits are those of the selected branch, then those of the sliding one. A program's rows are heads of the group
-    of one query, so that they see the same keys. Grid: B * QUERIES * SPLITS * TILES * H.
+    of one query, so that they see the same keys. ALL: every block is selected. Grid: B * QUERIES * SPLITS * TILES * H.
     """
     SPLITS: tl.constexpr = SELECTED_SPLITS + SLIDING_SPLITS
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS
@@ -62,7 +62,9 @@ def near(
     for step in range(first, last):
         token = begin + step * KEYS
         if SELECTED_SPLITS > 0:
-            block = tl.load(block_indices + step // PIECES, mask=selects, other=0)
+            block = step // PIECES
+            if not ALL:
+                block = tl.load(block_indices + block, mask=selects, other=0)
             token = tl.where(selects, block * BLOCK_SIZE + step % PIECES * KEYS, token)
         number = token + tl.arange(0, KEYS)
         seen = (number >= earliest) & (number <= position)

@@ -79,10 +79,10 @@ def _take_best(rank, block, best_rank, best_block, need, ENTRIES: tl.constexpr, 
 
 @triton.jit
 def select(
-    block_counts, start, count, length, own_scores, next_scores, peaks, totals, block_indices, taint,
+    block_counts, start, count, length, scores, peaks, totals, block_indices, taint,
     QUERIES: tl.constexpr, CAPACITY: tl.constexpr, WITH_LENGTH: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     COUNTED: tl.constexpr, S: tl.constexpr, BLOCK_SIZE: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    OVERLAP: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
     HEADS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, PAIRWISE: tl.constexpr,
 ):  # fmt: skip
     """block_indices int32 [B, H, QUERIES, S], in no order: of a query in block j the first min(its room, j + 1) count.
@@ -105,8 +105,7 @@ def select(
     group = row * H + head
     peaks += group * (SPLITS * R) + i * G
     totals += group * (SPLITS * R) + i * G
-    own_scores += (group * R + i * G) * BLOCKS
-    next_scores += (group * R + i * G) * BLOCKS
+    scores += (group * R + i * G) * BLOCKS
     block_indices += (group * QUERIES + i) * S
 
     entry = tl.arange(0, ENTRIES)
@@ -132,15 +131,10 @@ def select(
                 g = first + tl.arange(0, HEADS)
                 at = g[:, None, None] * BLOCKS + block[None, :, :]
                 inside = (g < G)[:, None, None] & read
-                score = tl.load(own_scores + at, mask=inside, other=float("-inf"))
-                if OVERLAP:
-                    further = tl.load(next_scores + at, mask=inside, other=float("-inf"))
-                # while those are on their way
+                score = tl.load(scores + at, mask=inside, other=float("-inf"))
+                # while they are on their way
                 lse = _lse(peaks, totals, g, R, G, SPLITS, SPLITS_PADDED)
                 importance += tl.sum(tl.exp2(score - lse[:, None, None]), 0)
-                if OVERLAP:
-                    further = tl.where(block[None, :, :] > 0, further, float("-inf"))
-                    importance += tl.sum(tl.exp2(further - lse[:, None, None]), 0)
             # an lse that is NaN makes every importance NaN, that of block 0 too
             tl.store(taint + group * QUERIES + i + block * 0, importance - importance, mask=block == 0)
             # a float's bits order as the floats do, NaN counts as 0

@@ -89,7 +89,7 @@ def attend(
     step = _Step(config._replace(max_block_count=most), page_indices is not None, counted)
     if most == 0 or all(gate is None for gate in gates):
         gates = gates._replace(selected=None)
-    if gates.compressed is None and gates.selected is None:
+    if gates.compressed is None and not _selects(config, gates):
         compressed_key = compressed_value = None
     pool = _Pool(key, value, compressed_key, compressed_value)
     return _attend(step, pool, _Rows(query, page_indices, start, count, length, gates, counts))
@@ -139,6 +139,11 @@ def _attend(step: _Step, pool: _Pool, rows: _Rows) -> Array:
     return attend(pool, rows)
 
 
+def _selects(config: Config, gates: PerBranch) -> bool:
+    """Whether blocks are selected, and not all taken."""
+    return gates.selected is not None and not config.selects_all
+
+
 class _Sizes(NamedTuple):
     """Of a launch over keys: rows of a tile, how many such tiles, keys of a tile, splits, warps and stages."""
 
@@ -149,7 +154,7 @@ class _Sizes(NamedTuple):
     stages: int
 
 
-_PROGRAMS = 4  # of a multiprocessor: enough for the copies in flight to hide the memory's latency
+_PROGRAMS = 3  # of a multiprocessor: enough for the copies in flight to hide the memory's latency
 _MOST_SPLITS = 64
 _KEYS = 32  # of a tile: a warp's share of a product with them fits its registers
 _STAGES = 3  # two tiles on their way while one is multiplied
@@ -193,10 +198,10 @@ def _run(step: _Step, pool: _Pool, rows: _Rows) -> Array:
         "POOL": pool.key.shape[0], "WITH_LENGTH": rows.length is not None,
     }  # fmt: skip
     selection = {"COUNTED": step.counted, "S": S, "BLOCK_SIZE": config.block_size}
-    compressed, near, taint = None, None, rows.query
-    if gates.compressed is not None or gates.selected is not None:
+    compressed, near, taint = None, None, None
+    if gates.compressed is not None or _selects(config, gates):
         compressed, scores = _compressed(step, pool, rows, shape, scored, page)
-    if gates.selected is not None:
+    if _selects(config, gates):
         block_indices, taint = _select(step, rows, shape, selection, compressed, scores)
     else:
         block_indices = rows.query
@@ -215,7 +220,7 @@ def _compressed(step, pool, rows, shape, blocks, page):
     B, Tq, N, _ = rows.query.shape
     K, V, H = shape["K"], shape["V"], shape["H"]
     R, strides = Tq * N // H, config.block_size // config.stride
-    with_value, with_scores = gates.compressed is not None, gates.selected is not None
+    with_value, with_scores = gates.compressed is not None, _selects(config, gates)
     columns = sum(shape["K_PARTS"]) + (sum(shape["V_PARTS"]) if with_value else 0)
     itemsize = rows.query.dtype.itemsize
     capability = device.capability_of(kernels.compressed)
@@ -227,29 +232,26 @@ def _compressed(step, pool, rows, shape, blocks, page):
         value = rows.query  # a kernel can be given it; nobody reads it
     if windows == 0:
         key = rows.query
-    overlap = with_scores and config.window > config.stride
     none = jax.ShapeDtypeStruct((1,), _FLOAT)
     scores = jax.ShapeDtypeStruct((B, H, R, blocks), _FLOAT)
-    own, spill, *partial = launch(
+    of_blocks, *partial = launch(
         kernels.compressed, rows.query, key, value, _or(rows.page_indices, rows.start), *_places(rows),
         name="decode_compressed",
-        outputs=(
-            scores if with_scores else none, scores if overlap else none,
-            *_partial((B, H, splits, R), V if with_value else 0),
-        ),
+        outputs=(scores if with_scores else none, *_partial((B, H, splits, R), V if with_value else 0)),
         programs=B * splits * sizes.tiles * H, warps=sizes.warps, stages=sizes.stages,
         flops=2 * B * N * Tq * windows * (K + V),
         WINDOW=config.window, STRIDE=config.stride, BLOCK_STRIDES=strides, BLOCKS=blocks, SPLITS=splits,
         ROWS=sizes.rows, KEYS=sizes.keys, TILES=sizes.tiles, WITH_SCORES=with_scores, WITH_VALUE=with_value,
         PAGE=page // config.stride, **shape,
     )  # fmt: skip
-    return _Partial(*partial), (own, spill)
+    return _Partial(*partial), of_blocks
 
 
 _RANKED = 2048  # blocks that are ranked at once, at most
-_LANE = 128  # blocks that a warp ranks
+_LANE = 128  # blocks that a warp ranks, unless there would be more warps than
+_LANES = 8
 _SCORES = 16384  # scores that are held at once
-_COMPARED = 1024  # of the lanes' best blocks, up to which all are compared with all
+_COMPARED = 64  # pairs of the lanes' best blocks that a thread compares at once, at most
 
 
 def _select(step, rows, shape, selection, compressed, scores):
@@ -260,9 +262,9 @@ def _select(step, rows, shape, selection, compressed, scores):
     (B, Tq, N, _), H, G = rows.query.shape, shape["H"], shape["G"]
     splits, blocks = compressed.peaks.shape[2], -(-shape["CAPACITY"] // config.block_size)
     chunk = min(_RANKED, max(16, tiling.power_of_two(blocks)))
-    lanes, entries = max(1, chunk // _LANE), tiling.power_of_two(selection["S"])
+    lanes, entries = min(_LANES, max(1, chunk // _LANE)), tiling.power_of_two(selection["S"])
     return launch(
-        kernels.select, _or(rows.block_counts, rows.start), *_places(rows), *scores, compressed.peaks,
+        kernels.select, _or(rows.block_counts, rows.start), *_places(rows), scores, compressed.peaks,
         compressed.totals, name="decode_select_blocks",
         outputs=(
             jax.ShapeDtypeStruct((B, H, Tq, selection["S"]), jnp.int32), jax.ShapeDtypeStruct((B, H, Tq), _FLOAT),
@@ -270,9 +272,9 @@ def _select(step, rows, shape, selection, compressed, scores):
         programs=B * Tq * H, warps=lanes, stages=1, flops=B * Tq * N * blocks,
         QUERIES=Tq, CAPACITY=shape["CAPACITY"], WITH_LENGTH=shape["WITH_LENGTH"], H=H, G=G,
         INIT=min(config.num_init_blocks, blocks), LOCAL=min(max(config.num_local_blocks, 1), blocks),
-        OVERLAP=config.window > config.stride, BLOCKS=scores[0].shape[3], SPLITS=splits,
+        BLOCKS=scores.shape[3], SPLITS=splits,
         SPLITS_PADDED=tiling.power_of_two(splits), HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)),
-        LANES=lanes, WIDTH=chunk // lanes, ENTRIES=entries, PAIRWISE=lanes * entries <= _COMPARED, **selection,
+        LANES=lanes, WIDTH=chunk // lanes, ENTRIES=entries, PAIRWISE=lanes * entries**2 <= 32 * _COMPARED, **selection,
     )  # fmt: skip
 
 
@@ -301,8 +303,8 @@ def _near(step, pool, rows, shape, selection, block_indices, page):
         outputs=_partial((B, H, Tq, sum(splits), G), V),
         programs=others * sum(splits), warps=sizes.warps, stages=sizes.stages,
         flops=2 * B * N * Tq * sum(tiles) * keys * (K + V),
-        WINDOW=window, SELECTED_SPLITS=splits[0], SLIDING_SPLITS=splits[1], ROWS=sizes.rows, KEYS=keys,
-        TILES=sizes.tiles, PAGE=page, **selection, **shape,
+        WINDOW=window, ALL=config.selects_all, SELECTED_SPLITS=splits[0], SLIDING_SPLITS=splits[1],
+        ROWS=sizes.rows, KEYS=keys, TILES=sizes.tiles, PAGE=page, **selection, **shape,
     )  # fmt: skip
     return _Partial(*partial), splits
 
@@ -322,11 +324,11 @@ def _combine(rows, V, H, compressed, near, splits, taint):
     names = "COMPRESSED", "SELECTED", "SLIDING"
     (output,) = launch(
         kernels.combine, *_places(rows), *(_or(gate, rows.start) for gate in rows.gates), *(compressed or nothing),
-        *(near or nothing), taint,
+        *(near or nothing), _or(taint, rows.start),
         name="decode_combine", outputs=(jax.ShapeDtypeStruct((B, Tq, N, V), rows.query.dtype),),
         programs=B * Tq * N, warps=min(8, tiling.power_of_two(-(-sum(padded) * columns // (32 * _NUMBERS)))), stages=1,
         flops=2 * B * Tq * N * V * sum(splits),
-        QUERIES=Tq, WITH_LENGTH=rows.length is not None, H=H, G=N // H, V=V, COLUMNS=columns,
+        QUERIES=Tq, WITH_LENGTH=rows.length is not None, H=H, G=N // H, V=V, COLUMNS=columns, TAINTED=taint is not None,
         **{f"{name}_SPLITS": count for name, count in zip(names, splits, strict=True)},
         **{f"{name}_PADDED": count for name, count in zip(names, padded, strict=True)},
     )  # fmt: skip

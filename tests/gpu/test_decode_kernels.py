@@ -35,6 +35,7 @@ class Step:
     init: int = 1
     local: int = 2
     counts: bool = False
+    selects_all: bool = False
 
     def __post_init__(self):
         B, seed = len(self.start), self.T
@@ -61,7 +62,7 @@ class Step:
             self.init,
             self.local,
             self.S,
-            False,
+            self.selects_all,
         )
 
     def compressed(self):
@@ -132,6 +133,7 @@ STEPS = {
     "counts of blocks": Step(128, 2, 1, 16, 16, (120, 60), (3, 3), Tq=3, counts=True, init=2, local=1),
     "block of 64, a window longer than the row": Step(150, 4, 1, 64, 32, (140,), (1,), block_size=64, window=64,
         stride=64, S=2, window_size=10**12),
+    "every block": Step(48, 2, 1, 16, 16, (44, 9), (2, 2), Tq=2, S=3, selects_all=True),
     "shorter than a window": Step(15, 2, 1, 16, 16, (7,), (2,), Tq=2),
 }  # fmt: skip
 
@@ -156,7 +158,7 @@ def test_at_most_four_launches():
     assert count_launches(lambda *arrays: decode.attend(step.config, *arrays, counts), *arrays) == 4
 
 
-@pytest.mark.parametrize("compared", [0, 1024])
+@pytest.mark.parametrize("compared", [0, 64])
 def test_of_equal_importance_the_first_blocks_are_taken(monkeypatch, compared):
     # three chunks of two lanes each; the best of the lanes are compared one by one or all at once
     for name, number in (("_RANKED", 16), ("_LANE", 8), ("_COMPARED", compared)):
@@ -166,6 +168,16 @@ def test_of_equal_importance_the_first_blocks_are_taken(monkeypatch, compared):
     keys[:, :] = keys[:, :1]
     keys[:, 20 * 16 : 22 * 16] *= 2 * np.sign(keys[0, 0, 0] @ np.array(step.query)[0, 0].sum(0))  # two stand out
     step.key = jnp.asarray(keys)
+    assert_close([attend(step)], [step.expected()])
+
+
+def test_a_window_between_two_splits_counts_for_both_its_blocks():
+    step = Step(160, 1, 1, 16, 16, (158,), (1,), window=8, stride=4, S=5, drop=("compressed", "sliding"))
+    keys, values = map(np.array, step.compressed())
+    query = np.array(step.query)[0, 0, 0]
+    keys[:, 15] = 80 * query / (query @ query)  # the last of its split, in blocks 3 and 4
+    keys[:, 25] = 40 * query / (query @ query)  # next comes block 6
+    step.compressed = lambda: (jnp.asarray(keys), jnp.asarray(values))
     assert_close([attend(step)], [step.expected()])
 
 
