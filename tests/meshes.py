@@ -61,7 +61,8 @@ def difference(actual, expected):
     finite = np.isfinite(expected)
     if not np.array_equal(finite, np.isfinite(actual)):
         return float("inf")
-    error, size = (np.sqrt(np.mean(np.where(finite, x, 0.0) ** 2)) for x in (actual - expected, expected))
+    actual, expected = (np.where(finite, x, 0.0) for x in (actual, expected))
+    error, size = (np.sqrt(np.mean(x**2)) for x in (actual - expected, expected))
     return float(error / max(size, 1e-30))
 
 

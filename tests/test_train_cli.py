@@ -14,6 +14,7 @@ import pytest
 from train_cases import arguments, write_data
 
 import nsa_jax.train.cli as cli
+from nsa_jax.train import command as command_line
 from nsa_jax.train.metrics import MetricsLog, read_metrics
 
 
@@ -180,9 +181,9 @@ def test_resume_refuses_a_corrupt_checkpoint(data, finished, tmp_path, capsys):
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
-    find = cli.importlib.util.find_spec
+    find = command_line.importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name in ("optax", "orbax") else find(name)
+        command_line.importlib.util, "find_spec", lambda name: None if name in ("optax", "orbax") else find(name)
     )
     message = refused(capsys, "--steps=1")
     assert "optax, orbax-checkpoint not installed; pip install 'nsa-jax[train]'" in message
