@@ -115,7 +115,7 @@ def decode(K, V):
     from nsa_jax.gpu import decode
 
     rows, page_size = 2, 4 * BLOCK
-    config = Config(K**-0.5, BLOCK, 512, 32, 16, 1, 2, 16, False)
+    config = Config(K**-0.5, BLOCK, 512, 32, 16, 1, 2, 16, selects_all=False)
 
     def function(query, key, value, compressed_key, compressed_value, page_indices, start, count, *gates):
         arrays = query, key, value, compressed_key, compressed_value, page_indices, start, count

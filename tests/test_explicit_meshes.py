@@ -44,6 +44,14 @@ def test_ops_with_explicit_axes(name):
     assert_close(results, under_jit(name))
 
 
+@pytest.mark.parametrize("name", [name for name in WITH_ROWS if name.startswith("native")][:2])
+def test_arrays_of_one_device_with_a_mesh_around(name):
+    op = EVERY_OP[name]
+    with jax.set_mesh(explicit_mesh()):
+        results = jax.jit(op.output_and_gradients)(*op.arrays)
+    assert_close(jax.tree.leaves(results), under_jit(name))
+
+
 def value_and_gradients(module, params, *arrays):
     def loss(params, *arrays):
         return (module.apply({"params": params}, *arrays, segment_ids=SEGMENT_IDS).astype(jnp.float32) ** 2).sum()

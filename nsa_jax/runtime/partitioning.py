@@ -69,6 +69,10 @@ def _partitioned(function: Callable, letters: list[str], result_axes, mapped_axe
         of_results[:] = [mapped_axes + axes for axes in _letters(result_axes, results)]
         return results
 
+    def on_one_device(*arrays):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # what is partitioned knows no mesh
+            return function(*arrays)
+
     def sharding_rule(mesh, arrays, results):
         return _rule(mesh, letters, of_results, [x.shape for x in arrays], [x.shape for x in results])
 
@@ -76,7 +80,7 @@ def _partitioned(function: Callable, letters: list[str], result_axes, mapped_axe
         compile_ahead.forget()  # kernels of all devices' arrays, which no device will run
         leaves, tree = jax.tree.flatten(results)
         shardings = _shardings(mesh, [*letters, *of_results], [*arrays, *leaves])
-        return mesh, function, tree.unflatten(shardings[len(arrays) :]), tuple(shardings[: len(arrays)])
+        return mesh, on_one_device, tree.unflatten(shardings[len(arrays) :]), tuple(shardings[: len(arrays)])
 
     @jax.custom_batching.custom_vmap
     def call(*arrays):
@@ -107,7 +111,7 @@ def _rule(mesh: Mesh, letters: list[str], of_results: list[str], shapes, result_
     H = _size("h", letters, shapes)
     N = _size("n", letters, shapes)
     # an axis that would be cut in two, one part for the heads and one for the group, has no name
-    together = H and N and all(H % size == 0 for size in mesh.shape.values())
+    together = H and N and H > 1 and all(H % size == 0 for size in mesh.shape.values())
     sizes = {}
     factors = {}
     if together and N == H:
@@ -134,7 +138,8 @@ def _shardings(mesh: Mesh, letters: list[str], arrays: Sequence[jax.ShapeDtypeSt
     """What is done for the shardings that the partitioner proposes: those of rows and heads are taken."""
     proposed: dict[str, list[tuple[str, ...]]] = {}
     for axes, array in zip(letters, arrays, strict=True):
-        for letter, names in zip(axes, array.sharding.spec, strict=False):
+        spec = getattr(array.sharding, "spec", ())  # a program for one device, with a mesh around it, has none
+        for letter, names in zip(axes, spec, strict=False):
             if names:
                 proposed.setdefault(letter, []).append((names,) if isinstance(names, str) else tuple(names))
     shapes = [x.shape for x in arrays]
