@@ -11,6 +11,7 @@ from cases import assert_same_bits, float32_of, normal, packing, qkv, row, spans
 
 from nsa_jax import compressed_attention, select_blocks
 from nsa_jax.gpu import backends
+from nsa_jax.gpu.block_selection import sizes_of
 from nsa_jax.rows.intervals import window_intervals
 from nsa_jax.rows.queries import locate
 
@@ -84,14 +85,13 @@ def queries_of(query, lse, count, H, block_size, window, stride, segment_ids=Non
 def choose(queries, key, *, S, block_size, window, stride, num_init=1, num_local=2):
     """block_indices [B, T, H, S] from the kernel itself, which is told what `queries` say: they may be any."""
     query, *arrays = queries
-    K = query.shape[-1]
     share = block_size // stride
-    constants = {
-        "S": S, "SCALE": K**-0.5, "BLOCK_STRIDES": share, "WINDOW_STRIDES": window // stride, "INIT": num_init,
-        "LOCAL": num_local,
-    }  # fmt: skip
+    sizes = sizes_of(
+        query, key, S=S, SCALE=query.shape[-1] ** -0.5, BLOCK_STRIDES=share, WINDOW_STRIDES=window // stride,
+        INIT=num_init, LOCAL=num_local,
+    )  # fmt: skip
     backend = backends.block_selection(query, key, S, share)
-    return np.asarray(backend.select(query, key, *arrays, flops=1, **constants))
+    return np.asarray(backend.select(query, key, *arrays, sizes=sizes, flops=1))
 
 
 def assert_same_in_any_order(queries, key, order, **options):

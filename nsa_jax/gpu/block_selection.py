@@ -20,6 +20,12 @@ def list_entries(count: int) -> int:
     return max(32, tiling.power_of_two(max(count, 1)))
 
 
+def sizes_of(query: Array, key: Array, **options) -> dict:
+    """The fields of the kernels' `SelectionShape`; options: those that the arrays do not tell."""
+    (_, T, N, K), (_, C, H, _) = query.shape, key.shape
+    return {"T": T, "C": C, "H": H, "G": N // H, "K": K, "LIST": list_entries(options["S"]), **options}
+
+
 def select(
     query: Array,
     compressed_key: Array,
@@ -46,21 +52,17 @@ def select(
         compressed_key = jnp.zeros((B, 1, H, K), compressed_key.dtype)  # a kernel can be given it; nobody sees it
     backend = backends.block_selection(query, compressed_key, S, block_size // stride)
 
+    options = {
+        "S": S,
+        "SCALE": scale,
+        "BLOCK_STRIDES": block_size // stride,
+        "WINDOW_STRIDES": window // stride,
+        "INIT": min(num_init_blocks, num_blocks),
+        "LOCAL": min(num_local_blocks, num_blocks),
+    }
+
     def run(query, key, *arrays):
-        sizes = {
-            "T": query.shape[1],
-            "C": key.shape[1],
-            "H": key.shape[2],
-            "G": query.shape[2] // key.shape[2],
-            "K": K,
-            "SCALE": scale,
-            "S": S,
-            "BLOCK_STRIDES": block_size // stride,
-            "WINDOW_STRIDES": window // stride,
-            "INIT": min(num_init_blocks, num_blocks),
-            "LOCAL": min(num_local_blocks, num_blocks),
-            "LIST": list_entries(S),
-        }
+        sizes = sizes_of(query, key, **options)
         return backend.select(query, key, *arrays, sizes=sizes, flops=math.prod(query.shape) * key.shape[1])
 
     places = queries.start, queries.position // block_size, seen.key_begin, seen.key_end
