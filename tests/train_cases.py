@@ -36,7 +36,7 @@ _MODEL = (
     "window_size",
 )
 OPTIONS = {name: getattr(CONFIG, name) for name in _RUN} | {name: getattr(MODEL, name) for name in _MODEL}
-OPTIONS |= {"checkpoint_interval": 5, "sample_bytes": 8, "implementation": "xla", "dtype": "float32"}
+OPTIONS |= {"devices": 1, "checkpoint_interval": 5, "sample_bytes": 8, "implementation": "xla", "dtype": "float32"}
 
 
 def arguments(**options):

@@ -118,7 +118,8 @@ def _restore(folder: str):
     from nsa_jax.train.checkpoint import Checkpoints
     from nsa_jax.train.config import TrainConfig
     from nsa_jax.train.folder import CHECKPOINTS
-    from nsa_jax.train.step import make_init, make_mesh
+    from nsa_jax.train.mesh import make_mesh
+    from nsa_jax.train.step import abstract_state
 
     if not folder.strip():
         raise ValueError(f"run: expected a folder, got {folder!r}")
@@ -127,11 +128,7 @@ def _restore(folder: str):
         raise ValueError(f"run: expected a folder that nsa-train has left, with {CHECKPOINTS} in it, got {folder}")
     with contextlib.closing(Checkpoints(path, None, read_only=True)) as checkpoints:
         config = TrainConfig.of_identity(checkpoints.check()["identity"])
-        mesh = make_mesh(jax.local_devices()[:1])
-        abstract = jax.eval_shape(make_init(config, mesh))
-        here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-        state = checkpoints.restore(like)
+        state = checkpoints.restore(abstract_state(config, make_mesh(jax.local_devices()[:1])))
     return config.model, jax.device_put(state.params, jax.local_devices()[0])
 
 
