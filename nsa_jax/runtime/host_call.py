@@ -5,6 +5,8 @@
 waits for devices that may wait for the callback.
 """
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import threading
@@ -155,3 +157,11 @@ def _register() -> None:
     new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     capsule = new_capsule(ctypes.cast(_handle, ctypes.c_void_p), None, None)
     jax.ffi.register_ffi_target(_TARGET, capsule, platform="cpu")
+    atexit.register(_await_programs)
+
+
+def _await_programs() -> None:
+    """Waits for what runs: a program that calls Python when Python is gone would end the process by an abort."""
+    for array in jax.live_arrays():
+        with contextlib.suppress(Exception):  # an error is told where the array is used
+            array.block_until_ready()
