@@ -16,7 +16,7 @@ from lowering import export, struct
 import nsa_jax
 from nsa_jax.linen import NativeSparseAttention
 
-B, T, N, H, D = 2, 1024, 16, 1, 64
+B, T, N, H, D = 2, 2048, 16, 1, 64  # so long that blocks are selected
 
 
 def attend(query, key, value, gate, segment_ids):
