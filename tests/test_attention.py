@@ -194,7 +194,7 @@ def test_vmap_equals_a_loop():
 
 @pytest.mark.parametrize("N", [2, 16])
 def test_remat_and_scan(N):
-    T = 20
+    T = 36  # three blocks, of which two are selected
     arrays = drawn(8, 1, T, N, 1, 16, 8)
     gates = jnp.stack([arrays["sliding_gate"], arrays["sliding_gate"] / 2])
     keep = jax.checkpoint_policies.save_only_these_names(*nsa_jax.CHECKPOINT_NAMES)
