@@ -74,6 +74,7 @@ def test_two_hosts_train_together(tmp_path):
     hosts = [
         run(
             tmp_path / "two",
+            "--devices=4",
             "--mesh=data=2,fsdp=2",
             JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
             JAX_NUM_PROCESSES="2",
