@@ -6,11 +6,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from nsa_jax import branches, checks, context_attention, meshes, reference
+from nsa_jax import branches, checks, context_attention, meshes
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
 from nsa_jax.compression import compress
 from nsa_jax.context import Sharing
-from nsa_jax.rows.queries import Row, locate
+from nsa_jax.reference_branches import Reference
+from nsa_jax.rows.queries import locate
 from nsa_jax.rows.segments import clear_padding
 from nsa_jax.runtime.eager import one_program_each
 
@@ -127,7 +128,7 @@ def native_sparse_attention(
         checks.attention_arrays(query, compressed_key, compressed_value, length // stride, prefix="compressed_")
     if config.window_size == 0:
         gates = gates._replace(sliding=None)
-    if gates.compressed is None and (gates.selected is None or block_indices is not None):
+    if not branches.needs_windows(config, gates, block_indices):
         compressed_key = compressed_value = None
 
     arrays = Arrays(query, key, value, compressed_key, compressed_value)
@@ -169,7 +170,7 @@ def _attend_rows(implementation: str, config: Config, arrays: Arrays, gates: Per
     row = locate(*places, *arrays.key.shape[:2], ascending=config.ascending)
     if row.packed or row.sliced:
         gates = jax.tree.map(lambda gate: clear_padding(gate, row.queries.valid), gates)
-    if branches.needs_windows(config, gates, routing) and arrays.compressed_key is None:
+    if branches.needs_windows(config, gates, routing.block_indices) and arrays.compressed_key is None:
         windows = {"window": config.window, "stride": config.stride, "segment_ids": routing.segment_ids}
         compressed_key, compressed_value = (compress(x, **windows) for x in (arrays.key, arrays.value))
         arrays = arrays._replace(compressed_key=compressed_key, compressed_value=compressed_value)
@@ -177,59 +178,5 @@ def _attend_rows(implementation: str, config: Config, arrays: Arrays, gates: Per
         from nsa_jax.gpu import whole
 
         return whole.attend(config, arrays, gates, routing)
-    outputs, _ = branches.run(_Reference(config, arrays, routing, row), config, arrays, gates, routing)
+    outputs, _ = branches.run(Reference(config, arrays, routing.block_counts, row), config, arrays, gates, routing)
     return branches.gated_sum(gates, outputs, arrays.query, arrays.value)
-
-
-class _Reference:
-    """The branches in jnp, see `branches.Implementation`."""
-
-    def __init__(self, config: Config, arrays: Arrays, routing: Routing, row: Row):
-        self.config, self.arrays, self.routing, self.row = config, arrays, routing, row
-        self.windows = {"window": config.window, "stride": config.stride, "scale": config.scale}
-
-    def compressed(self) -> tuple[Array, Array]:
-        query, _, _, key, value = self.arrays
-        return reference.compressed_attention(query, key, value, self.row, **self.windows)
-
-    def select(self, lse: Array) -> Array:
-        query, _, _, key, _ = self.arrays
-        config = self.config
-        return reference.select_blocks(
-            query,
-            key,
-            lse,
-            self.row,
-            block_counts=self.routing.block_counts,
-            max_block_count=config.max_block_count,
-            block_size=config.block_size,
-            num_init_blocks=config.num_init_blocks,
-            num_local_blocks=config.num_local_blocks,
-            **self.windows,
-        )
-
-    def selected(self, block_indices: Array, block_counts: Array | None, lse: Array | None) -> tuple[Array, Array]:
-        query, key, value, _, _ = self.arrays
-        return reference.selected_attention(
-            query,
-            key,
-            value,
-            self.row,
-            block_indices,
-            block_counts=block_counts,
-            block_size=self.config.block_size,
-            scale=self.config.scale,
-            unclean=None if lse is None else branches.tainted(lse, key.shape[2]),
-        )
-
-    def all_selected(self) -> tuple[Array, Array]:
-        return self._nearest(self.row.length)
-
-    def sliding(self, outputs: PerBranch) -> tuple[Array, Array]:
-        return self._nearest(self.config.window_size)
-
-    def _nearest(self, window_size: int) -> tuple[Array, Array]:
-        query, key, value, _, _ = self.arrays
-        return reference.sliding_window_attention(
-            query, key, value, self.row, window_size=window_size, scale=self.config.scale
-        )

@@ -60,10 +60,14 @@ class Routing(NamedTuple):
     block_counts: Array
 
 
-def needs_windows(config: Config, gates: PerBranch, routing: Routing) -> bool:
-    """Whether a branch or the selection looks at compressed keys."""
-    selects = gates.selected is not None and routing.block_indices is None and not config.selects_all
-    return gates.compressed is not None or selects
+def selects(config: Config, gates: PerBranch, block_indices: Array | None = None) -> bool:
+    """Whether blocks are to be selected by compressed keys; block_indices: those that are given."""
+    return gates.selected is not None and block_indices is None and not config.selects_all
+
+
+def needs_windows(config: Config, gates: PerBranch, block_indices: Array | None = None) -> bool:
+    """Whether a branch or the selection looks at compressed keys; block_indices as in `selects`."""
+    return gates.compressed is not None or selects(config, gates, block_indices)
 
 
 class Implementation(Protocol):
@@ -95,7 +99,7 @@ def run(
         output, lse = implementation.compressed()
         if gates.compressed is not None:
             outputs, lses = outputs._replace(compressed=output), lses._replace(compressed=lse)
-        if gates.selected is not None and block_indices is None and not config.selects_all:
+        if selects(config, gates, block_indices):
             block_indices, block_counts = implementation.select(lse), None
         else:
             lse = None

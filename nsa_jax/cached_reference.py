@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from nsa_jax import branches, reference
 from nsa_jax.branches import Arrays, Config, PerBranch, Routing
+from nsa_jax.reference_branches import Reference
 from nsa_jax.rows.cache import KVCache, Place, read, read_by_head, row_of, whole_rows
 from nsa_jax.rows.queries import locate
 
@@ -50,7 +51,7 @@ def attend(
 
 def _attend(config, query, cache, gates, block_counts, place) -> Array:
     compressed = None, None
-    if gates.compressed is not None or (gates.selected is not None and not config.selects_all):
+    if branches.needs_windows(config, gates):
         compressed = (whole_rows(cache, x, config.stride) for x in (cache.compressed_key, cache.compressed_value))
     arrays = Arrays(query, cache.key, cache.value, *compressed)
     routing = Routing(None, None, None, None)
@@ -58,35 +59,13 @@ def _attend(config, query, cache, gates, block_counts, place) -> Array:
     return branches.gated_sum(gates, outputs, query, cache.value)
 
 
-class _Cached:
-    """The branches, see `branches.Implementation`."""
+class _Cached(Reference):
+    """The branches of cached rows: what a few queries select or have near is taken out of the rows first."""
 
     def __init__(self, config: Config, arrays: Arrays, cache: KVCache, block_counts: Array | None, place: Place):
-        self.config, self.arrays, self.cache = config, arrays, cache
-        self.block_counts = config.max_block_count if block_counts is None else block_counts
-        self.place = place
-        self.row = row_of(place, arrays.query.shape[1], cache.capacity)
-        self.windows = {"window": config.window, "stride": config.stride, "scale": config.scale}
-
-    def compressed(self) -> tuple[Array, Array]:
-        query, _, _, key, value = self.arrays
-        return reference.compressed_attention(query, key, value, self.row, **self.windows)
-
-    def select(self, lse: Array) -> Array:
-        query, _, _, key, _ = self.arrays
-        config = self.config
-        return reference.select_blocks(
-            query,
-            key,
-            lse,
-            self.row,
-            block_counts=self.block_counts,
-            max_block_count=config.max_block_count,
-            block_size=config.block_size,
-            num_init_blocks=config.num_init_blocks,
-            num_local_blocks=config.num_local_blocks,
-            **self.windows,
-        )
+        counts = config.max_block_count if block_counts is None else block_counts
+        super().__init__(config, arrays, counts, row_of(place, arrays.query.shape[1], cache.capacity))
+        self.cache, self.place = cache, place
 
     def selected(self, block_indices: Array, block_counts: Array | None, lse: Array) -> tuple[Array, Array]:
         query, cache, config = self.arrays.query, self.cache, self.config
@@ -100,15 +79,10 @@ class _Cached:
             )
         return _attend_gathered(query, cache, self.row.queries, block_indices, unclean, **options)
 
-    def all_selected(self) -> tuple[Array, Array]:
-        return self._nearest(self.cache.capacity)
-
-    def sliding(self, outputs: PerBranch) -> tuple[Array, Array]:
-        return self._nearest(min(self.config.window_size, self.cache.capacity))
-
-    def _nearest(self, reach: int) -> tuple[Array, Array]:
+    def nearest(self, window_size: int) -> tuple[Array, Array]:
         """Attention to the tokens that the windows of all queries cover, taken out of the row."""
         query, cache, place = self.arrays.query, self.cache, self.place
+        reach = min(window_size, cache.capacity)
         queries = query.shape[1]
         span = min(queries + reach - 1, cache.capacity)
         first = jnp.clip(place.start - (reach - 1), 0, cache.capacity - span)

@@ -107,7 +107,7 @@ def _attend_heads(
 
     def of_rows(arrays, gates, routing):
         batch, window, stride = arrays.query.shape[0], config.window, config.stride
-        if needs_windows(config, gates, routing) and arrays.compressed_key is None:
+        if needs_windows(config, gates, routing.block_indices) and arrays.compressed_key is None:
             windows = Windows(context, routing.segment_ids, batch, window, stride)
             if windows.local:  # otherwise the op makes the means of what is gathered anyway
                 key, value = (windows.gather(windows.mean(x)) for x in (arrays.key, arrays.value))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from nsa_jax import cached_reference, checks, meshes
 from nsa_jax.attention import checked_gates
-from nsa_jax.branches import Arrays, Config, Routing
+from nsa_jax.branches import Arrays, Config, Routing, needs_windows
 from nsa_jax.rows import cache as rows
 from nsa_jax.rows.cache import KVCache
 from nsa_jax.rows.segments import clear_padding
@@ -282,7 +282,7 @@ def _triton(config, query, cache, gates, block_counts, place) -> Array:
     is_placed = number < place.count[:, None]
     query, query_indices = clear_padding(query, is_placed), jnp.where(is_placed, place.start[:, None] + number, -1)
     units = {"key": 1, "value": 1, "compressed_key": config.stride, "compressed_value": config.stride}
-    if gates.compressed is None and (gates.selected is None or config.selects_all):
+    if not needs_windows(config, gates):
         units = {"key": 1, "value": 1}
     arrays = {name: rows.whole_rows(cache, getattr(cache, name), unit) for name, unit in units.items()}
     arrays = Arrays(query, **{"compressed_key": None, "compressed_value": None, **arrays})

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa_jax import tiling
-from nsa_jax.branches import Config, PerBranch
+from nsa_jax.branches import Config, PerBranch, needs_windows, selects
 from nsa_jax.runtime import device
 from nsa_jax.runtime.launch import launch
 
@@ -89,7 +89,7 @@ def attend(
     step = _Step(config._replace(max_block_count=most), page_indices is not None, counted)
     if most == 0 or all(gate is None for gate in gates):
         gates = gates._replace(selected=None)
-    if gates.compressed is None and not _selects(config, gates):
+    if not needs_windows(config, gates):
         compressed_key = compressed_value = None
     pool = _Pool(key, value, compressed_key, compressed_value)
     return _attend(step, pool, _Rows(query, page_indices, start, count, length, gates, counts))
@@ -137,11 +137,6 @@ def _attend(step: _Step, pool: _Pool, rows: _Rows) -> Array:
         return output.reshape(size, -1, *output.shape[1:]), True
 
     return attend(pool, rows)
-
-
-def _selects(config: Config, gates: PerBranch) -> bool:
-    """Whether blocks are selected, and not all taken."""
-    return gates.selected is not None and not config.selects_all
 
 
 class _Sizes(NamedTuple):
@@ -199,9 +194,9 @@ def _run(step: _Step, pool: _Pool, rows: _Rows) -> Array:
     }  # fmt: skip
     selection = {"COUNTED": step.counted, "S": S, "BLOCK_SIZE": config.block_size}
     compressed, near, taint = None, None, None
-    if gates.compressed is not None or _selects(config, gates):
+    if needs_windows(config, gates):
         compressed, scores = _compressed(step, pool, rows, shape, scored, page)
-    if _selects(config, gates):
+    if selects(config, gates):
         block_indices, taint = _select(step, rows, shape, selection, compressed, scores)
     else:
         block_indices = rows.query
@@ -220,7 +215,7 @@ def _compressed(step, pool, rows, shape, blocks, page):
     B, Tq, N, _ = rows.query.shape
     K, V, H = shape["K"], shape["V"], shape["H"]
     R, strides = Tq * N // H, config.block_size // config.stride
-    with_value, with_scores = gates.compressed is not None, _selects(config, gates)
+    with_value, with_scores = gates.compressed is not None, selects(config, gates)
     columns = sum(shape["K_PARTS"]) + (sum(shape["V_PARTS"]) if with_value else 0)
     itemsize = rows.query.dtype.itemsize
     capability = device.capability_of(kernels.compressed)
