@@ -13,8 +13,6 @@ import jax
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nsa_jax.runtime import compile_ahead
-
 Array = jax.Array
 
 # The axes of an array, a letter each. Its further axes are never sharded.
@@ -77,6 +75,8 @@ def _partitioned(function: Callable, letters: list[str], result_axes, mapped_axe
         return _rule(mesh, letters, of_results, [x.shape for x in arrays], [x.shape for x in results])
 
     def partition(mesh, arrays, results):
+        from nsa_jax.runtime import compile_ahead
+
         compile_ahead.forget()  # kernels of all devices' arrays, which no device will run
         leaves, tree = jax.tree.flatten(results)
         shardings = _shardings(mesh, [*letters, *of_results], [*arrays, *leaves])
