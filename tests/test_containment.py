@@ -94,9 +94,14 @@ class Setting:
         _, key, value = qkv(1, B, 1, 1, H, K, V, C=T, dtype=sizes.dtype)
         _, compressed_key, compressed_value = qkv(5, B, 1, 1, H, K, V, C=C, dtype=sizes.dtype)
         every = {
-            "query": query, "key": key, "value": value, "x": key, "compressed_key": compressed_key,
-            "compressed_value": compressed_value, **branch_gates(3, B, Tq, G * H, sizes.dtype),
-        }  # fmt: skip
+            "query": query,
+            "key": key,
+            "value": value,
+            "x": key,
+            "compressed_key": compressed_key,
+            "compressed_value": compressed_value,
+            **branch_gates(3, B, Tq, G * H, sizes.dtype),
+        }
         self.floats = {name: every[name] for name in names}
         rng = np.random.default_rng(4)
         blocks = rng.integers(-1, np.maximum(self.places, 0)[..., None, None] // sizes.block_size + 1, (B, Tq, H, 3))
@@ -244,9 +249,12 @@ def compressed(setting, implementation):
 
     def attend(floats):
         return nsa_jax.compressed_attention(
-            *in_order(floats), window=sizes.window, stride=sizes.stride, return_residual=True,
+            *in_order(floats),
+            window=sizes.window,
+            stride=sizes.stride,
+            return_residual=True,
             **setting.common(implementation),
-        )  # fmt: skip
+        )
 
     return attend
 
@@ -254,9 +262,12 @@ def compressed(setting, implementation):
 def selected(setting, implementation):
     def attend(floats):
         return nsa_jax.selected_attention(
-            *in_order(floats), setting.block_indices, block_size=setting.sizes.block_size, return_residual=True,
+            *in_order(floats),
+            setting.block_indices,
+            block_size=setting.sizes.block_size,
+            return_residual=True,
             **setting.common(implementation),
-        )  # fmt: skip
+        )
 
     return attend
 
@@ -267,9 +278,15 @@ def whole(setting, implementation, **options):
 
     def attend(floats):
         output = nsa_jax.native_sparse_attention(
-            **floats, block_size=sizes.block_size, compression_window=sizes.window, compression_stride=sizes.stride,
-            num_init_blocks=0, num_local_blocks=1, **options, **setting.common(implementation),
-        )  # fmt: skip
+            **floats,
+            block_size=sizes.block_size,
+            compression_window=sizes.window,
+            compression_stride=sizes.stride,
+            num_init_blocks=0,
+            num_local_blocks=1,
+            **options,
+            **setting.common(implementation),
+        )
         return (output,)
 
     return attend
@@ -286,10 +303,12 @@ OPS = {
     "selected, any places": (selected, ("query", "key", "value"), "any"),
     "whole": (whole, ("query", "key", "value", *GATES), "all"),
     "whole, any places, short window": (
-        functools.partial(whole, window_size=7), ("query", "key", "value", *GATES), "any",
+        functools.partial(whole, window_size=7),
+        ("query", "key", "value", *GATES),
+        "any",
     ),
     "whole, own compressed keys": (whole, ("query", "key", "value", *PER_SLOT, *GATES[1:]), "all"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=["xla", "triton"])
@@ -400,9 +419,16 @@ def test_picks_of_what_is_not_seen(queries, sizes, implementation):
     @jax.jit
     def select(query, compressed_key, lse):
         return nsa_jax.select_blocks(
-            query, compressed_key, lse, block_size=sizes.block_size, block_counts=2, num_init_blocks=0,
-            num_local_blocks=1, **windows, **setting.common(implementation),
-        )  # fmt: skip
+            query,
+            compressed_key,
+            lse,
+            block_size=sizes.block_size,
+            block_counts=2,
+            num_init_blocks=0,
+            num_local_blocks=1,
+            **windows,
+            **setting.common(implementation),
+        )
 
     arrays = setting.floats["query"], setting.floats["compressed_key"], lse
     expected = np.asarray(select(*arrays))

@@ -114,29 +114,43 @@ CASES = {
     "zigzag, l=32 d=16": ("zigzag", 2, (256, 2, 2, 16, 8), {"packed": True, "window_size": 40} | OVERLAP),
     "zigzag, heads one at a time": ("zigzag", 8, (256, 2, 1, 8, 8), {"packed": True, "window_size": 20} | SMALL),
     "zigzag, one segment": (
-        "zigzag", 8, (128, 1, 3, 16, 8),
+        "zigzag",
+        8,
+        (128, 1, 3, 16, 8),
         {"packed": False, "window_size": 20, "compression_window": 8, "compression_stride": 4} | SMALL,
     ),
     "zigzag, pieces shorter than a window": (
-        "zigzag", 8, (80, 1, 2, 8, 8), {"packed": True, "window_size": 9, "counts": True} | SMALL,
+        "zigzag",
+        8,
+        (80, 1, 2, 8, 8),
+        {"packed": True, "window_size": 9, "counts": True} | SMALL,
     ),
     "contiguous, windows at any token": (
-        "contiguous", 4, (108, 1, 2, 8, 12),
+        "contiguous",
+        4,
+        (108, 1, 2, 8, 12),
         {"packed": False, "window_size": 40, "compression_window": 8, "compression_stride": 8} | SMALL,
     ),
     "contiguous, only the tail of the share before": (
-        "contiguous", 4, (128, 2, 1, 8, 8),
+        "contiguous",
+        4,
+        (128, 2, 1, 8, 8),
         {"packed": True, "window_size": 33, "gates": ("compressed", "sliding")} | SMALL,
     ),
     "contiguous, a window over several shares": (
-        "contiguous", 8, (128, 1, 2, 8, 8), {"packed": False, "window_size": 60, "gates": ("sliding",)} | SMALL,
+        "contiguous",
+        8,
+        (128, 1, 2, 8, 8),
+        {"packed": False, "window_size": 60, "gates": ("sliding",)} | SMALL,
     ),
     "array": ("array", 4, (128, 1, 2, 8, 8), {"packed": True, "window_size": 20} | SMALL),
     "any, given blocks and compressed keys": (
-        "any", 4, (128, 2, 2, 8, 8),
+        "any",
+        4,
+        (128, 2, 2, 8, 8),
         {"packed": True, "window_size": 0, "given": True, "counts": True, "compression_stride": 8} | SMALL,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -160,17 +174,26 @@ def test_a_token_outside_of_the_row_is_padding():
 
     def attend(query, key, value, ids, where, packed):
         return nsa_jax.native_sparse_attention(
-            query, key, value, sliding_gate=1.0, window_size=70, segment_ids=ids if packed else None,
-            query_indices=where, context_axis="context", implementation="xla",
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            sliding_gate=1.0,
+            window_size=70,
+            segment_ids=ids if packed else None,
+            query_indices=where,
+            context_axis="context",
+            implementation="xla",
+        )
 
     arrays = [problem.floats[name] for name in ("query", "key", "value")]
     shared = [at(x, places) for x in arrays]
     for packed in (True, False):
         program = jax.shard_map(
-            functools.partial(attend, packed=packed), mesh=mesh_of(context=4), in_specs=P(None, "context"),
+            functools.partial(attend, packed=packed),
+            mesh=mesh_of(context=4),
+            in_specs=P(None, "context"),
             out_specs=P(None, "context"),
-        )  # fmt: skip
+        )
         given = jnp.full((1, 64), 5, jnp.int32)
         output = np.asarray(jax.jit(program)(*shared, given, jnp.asarray(told, jnp.int32)))
         hidden = places[0] == 20
@@ -269,9 +292,16 @@ def over(function, mesh, places, *, rows=None):
 @pytest.mark.parametrize("separate_keys", [False, True], ids=["shared", "separate"])
 def test_layer(order, separate_keys):
     fields = {
-        "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "compression": "mlp", "compression_window": 16,
-        "compression_stride": 8, "separate_keys": separate_keys, "window_size": 20, "implementation": "xla",
-    }  # fmt: skip
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+        "compression": "mlp",
+        "compression_window": 16,
+        "compression_stride": 8,
+        "separate_keys": separate_keys,
+        "window_size": 20,
+        "implementation": "xla",
+    }
     T, B = 128, 2
     whole = NativeSparseAttention(**fields, **SMALL)
     layer = NativeSparseAttention(
@@ -307,9 +337,19 @@ def test_layer(order, separate_keys):
 
 def test_transformer():
     config = TransformerConfig(
-        vocab_size=11, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, block_size=16,
-        block_counts=2, window_size=20, implementation="xla", context_axis="context", context_order="zigzag",
-    )  # fmt: skip
+        vocab_size=11,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        block_size=16,
+        block_counts=2,
+        window_size=20,
+        implementation="xla",
+        context_axis="context",
+        context_order="zigzag",
+    )
     T = 64
     model = NSATransformer(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (1, T)), jnp.int32)
@@ -360,8 +400,12 @@ def call(mesh_axis="context", **changes):
             r"query_indices: expected shape \[1, 16\], got \[1, 32\]",
         ),
         (
-            {"compressed_gate": 1.0, "compressed_key": np.zeros((1, 1, 1, 8), np.float32),
-             "compressed_value": np.zeros((1, 1, 1, 8), np.float32), "block_size": 16},
+            {
+                "compressed_gate": 1.0,
+                "compressed_key": np.zeros((1, 1, 1, 8), np.float32),
+                "compressed_value": np.zeros((1, 1, 1, 8), np.float32),
+                "block_size": 16,
+            },
             ValueError,
             r"compressed_key: expected shape \[1, 2, H, 8\], got \[1, 1, 1, 8\]",
         ),
@@ -371,7 +415,7 @@ def call(mesh_axis="context", **changes):
             r"segment_ids: expected shape \[1, 16\], got \[1, 32\]",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(changes, error, message):
     with pytest.raises(error, match=message):
         call(**changes)

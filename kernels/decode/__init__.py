@@ -5,6 +5,7 @@
     near.py             partial results of the selected and the sliding branch, by splits of their keys
     combine.py          partial results to outputs, gates and the sum
 
+    shape.py            sizes of a step
     cache.py            where keys lie: rows in one piece, or pages; positions of the queries
     partial.py          the online softmax of a split, and what it leaves behind
 

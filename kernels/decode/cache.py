@@ -22,11 +22,11 @@ class Tile:
 
 
 @triton.jit
-def placement(start, count, length, row, QUERIES: tl.constexpr, WITH_LENGTH: tl.constexpr):
+def placement(start, count, length, row, SHAPE: tl.constexpr):
     """Where the first query of a batch row stands, and how many stand in the row: those before its length, if told."""
     place = tl.load(start + row)
-    placed = tl.minimum(tl.load(count + row), QUERIES)
-    if WITH_LENGTH:
+    placed = tl.minimum(tl.load(count + row), SHAPE.QUERIES)
+    if SHAPE.WITH_LENGTH:
         placed = tl.minimum(placed, tl.load(length + row) - place)
     return place, placed
 

@@ -1,5 +1,7 @@
 """The compressed branch of a step: the scores of blocks, and partial results by splits of the windows."""
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
@@ -7,6 +9,33 @@ from ..clean import finite_rows, keep_rows
 from ..tiles import load_rows, store_rows, zeros
 from .cache import load_tile, locate, placement, split_range, windows_seen
 from .partial import exponents, store_statistics, take_in
+from .shape import KeysShape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressedShape(KeysShape):
+    """The sizes of `compressed`.
+
+    Attributes:
+        WINDOW, STRIDE: of the compression, in tokens.
+        BLOCK_STRIDES: strides of a block.
+        BLOCKS: scores of a query row.
+        SPLITS: of the windows.
+        WITH_SCORES, WITH_VALUE: whether scores of the blocks are written, and partial results.
+    """
+
+    WINDOW: int
+    STRIDE: int
+    BLOCK_STRIDES: int
+    BLOCKS: int
+    SPLITS: int
+    WITH_SCORES: bool
+    WITH_VALUE: bool
+
+    @property
+    def REACH(self) -> int:
+        """Windows before a split that count for its first block, too."""
+        return self.WINDOW // self.STRIDE - 1 if self.WITH_SCORES else 0
 
 
 @triton.jit
@@ -41,85 +70,86 @@ def _block_scores(score, p, peak, carry, KEYS: tl.constexpr, BLOCK_STRIDES: tl.c
 
 
 @triton.jit
-def compressed(
-    query, key, value, page_indices, start, count, length, scores, peaks, totals, sums,
-    QUERIES: tl.constexpr, CAPACITY: tl.constexpr, WITH_LENGTH: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr,
-    K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, PAGE: tl.constexpr,
-    POOL: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, BLOCK_STRIDES: tl.constexpr,
-    BLOCKS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    WITH_SCORES: tl.constexpr, WITH_VALUE: tl.constexpr,
-):  # fmt: skip
+def compressed(query, key, value, page_indices, start, count, length, scores, peaks, totals, sums, SHAPE: tl.constexpr):
     """A query row is a (query, head of the group) pair, number query * G + head, R = QUERIES * G of them.
 
     Writes, all float32: scores [B, H, R, BLOCKS], log2 of what its windows give to each block, in units of 2^lse;
     peaks, totals [B, H, SPLITS, R], sums [B, H, SPLITS, R, V]. Grid: B * SPLITS * TILES * H.
     """
-    R: tl.constexpr = QUERIES * G
     program = tl.program_id(0)
-    head = program % H
-    nth = program // H % TILES
-    split = program // (H * TILES) % SPLITS
-    row = (program // (H * TILES * SPLITS)).to(tl.int64)
+    head = program % SHAPE.H
+    nth = program // SHAPE.H % SHAPE.TILES
+    split = program // (SHAPE.H * SHAPE.TILES) % SHAPE.SPLITS
+    row = (program // (SHAPE.H * SHAPE.TILES * SHAPE.SPLITS)).to(tl.int64)
 
-    place, queries = placement(start, count, length, row, QUERIES, WITH_LENGTH)
-    local = nth * ROWS + tl.arange(0, ROWS)
-    inside = local < R
-    i = local // G
-    position = tl.minimum(place + i, CAPACITY - 1)
-    seen = windows_seen(tl.where(i < queries, position, -1), WINDOW, STRIDE)  # [ROWS]
-    windows = windows_seen(tl.where(queries > 0, tl.minimum(place + queries, CAPACITY) - 1, -1), WINDOW, STRIDE)
-    first, last = split_range(tl.cdiv(windows, KEYS), split, SPLITS)
+    place, queries = placement(start, count, length, row, SHAPE)
+    local = nth * SHAPE.ROWS + tl.arange(0, SHAPE.ROWS)
+    inside = local < SHAPE.R
+    i = local // SHAPE.G
+    position = tl.minimum(place + i, SHAPE.CAPACITY - 1)
+    seen = windows_seen(tl.where(i < queries, position, -1), SHAPE.WINDOW, SHAPE.STRIDE)  # [ROWS]
+    windows = windows_seen(
+        tl.where(queries > 0, tl.minimum(place + queries, SHAPE.CAPACITY) - 1, -1), SHAPE.WINDOW, SHAPE.STRIDE
+    )
+    first, last = split_range(tl.cdiv(windows, SHAPE.KEYS), split, SHAPE.SPLITS)
 
     q = load_rows(
-        query + ((row * QUERIES) * H + head) * (G * K),
-        i * (H * G * K) + local % G * K, inside & (i < queries), K, K_PARTS,
-    )  # fmt: skip
-    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    output = zeros(ROWS, V_PARTS)
+        query + ((row * SHAPE.QUERIES) * SHAPE.H + head) * (SHAPE.G * SHAPE.K),
+        i * (SHAPE.H * SHAPE.G * SHAPE.K) + local % SHAPE.G * SHAPE.K,
+        inside & (i < queries),
+        SHAPE.K,
+        SHAPE.K_PARTS,
+    )
+    peak = tl.full([SHAPE.ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([SHAPE.ROWS], dtype=tl.float32)
+    output = zeros(SHAPE.ROWS, SHAPE.V_PARTS)
     # the windows just before the split count for its first block alone: what is made of them else is undone
-    REACH: tl.constexpr = WINDOW // STRIDE - 1 if WITH_SCORES else 0
     carry = peak
-    begin = tl.where(first < last, tl.maximum(first - (1 if REACH > 0 else 0), 0), last)
-    earliest = first * KEYS - REACH
+    begin = tl.where(first < last, tl.maximum(first - (1 if SHAPE.REACH > 0 else 0), 0), last)
+    earliest = first * SHAPE.KEYS - SHAPE.REACH
     for step in range(begin, last):
-        number = step * KEYS + tl.arange(0, KEYS)
+        number = step * SHAPE.KEYS + tl.arange(0, SHAPE.KEYS)
         tile = locate(
             page_indices,
             row,
-            step * KEYS,
+            step * SHAPE.KEYS,
             (number >= earliest) & (number < windows),
-            CAPACITY // STRIDE,
-            PAGE,
-            POOL,
-            KEYS,
+            SHAPE.CAPACITY // SHAPE.STRIDE,
+            SHAPE.PAGE,
+            SHAPE.POOL,
+            SHAPE.KEYS,
         )
-        k = load_tile(key, tile, head, H, K, K_PARTS)
-        v = load_tile(value, tile, head, H, V, V_PARTS) if WITH_VALUE else k
-        if QUERIES > 1:  # queries differ in what they see: what is not finite must not meet the weight 0 of others
-            finite = finite_rows(k, K_PARTS)
-            if WITH_VALUE:
-                finite = tl.minimum(finite, finite_rows(v, V_PARTS))
-                v = keep_rows(v, finite, V_PARTS)
-            k = keep_rows(k, finite, K_PARTS)
-            score = exponents(q, k, FACTOR, K_PARTS, PRECISION)
+        k = load_tile(key, tile, head, SHAPE.H, SHAPE.K, SHAPE.K_PARTS)
+        v = load_tile(value, tile, head, SHAPE.H, SHAPE.V, SHAPE.V_PARTS) if SHAPE.WITH_VALUE else k
+        if SHAPE.QUERIES > 1:  # they differ in what they see: what is not finite must not meet the weight 0 of others
+            finite = finite_rows(k, SHAPE.K_PARTS)
+            if SHAPE.WITH_VALUE:
+                finite = tl.minimum(finite, finite_rows(v, SHAPE.V_PARTS))
+                v = keep_rows(v, finite, SHAPE.V_PARTS)
+            k = keep_rows(k, finite, SHAPE.K_PARTS)
+            score = exponents(q, k, SHAPE.FACTOR, SHAPE.K_PARTS, SHAPE.PRECISION)
             score = tl.where(finite[None, :] == 1, score, float("nan"))
         else:
-            score = exponents(q, k, FACTOR, K_PARTS, PRECISION)
+            score = exponents(q, k, SHAPE.FACTOR, SHAPE.K_PARTS, SHAPE.PRECISION)
         score = tl.where((number[None, :] < seen[:, None]) & (number >= earliest)[None, :], score, float("-inf"))
-        p, peak, total, output = take_in(score, v, peak, total, output, WITH_VALUE, V_PARTS, PRECISION)
-        if WITH_SCORES:
-            block_score, carry = _block_scores(score, p, peak, carry, KEYS, BLOCK_STRIDES, WINDOW // STRIDE)
-            block = step * (KEYS // BLOCK_STRIDES) + tl.arange(0, KEYS // BLOCK_STRIDES)
-            at = ((row * H + head) * R + local)[:, None] * BLOCKS + block[None, :]
-            tl.store(
-                scores + at, block_score, mask=inside[:, None] & (block < tl.where(step < first, 0, BLOCKS))[None, :]
+        p, peak, total, output = take_in(
+            score, v, peak, total, output, SHAPE.WITH_VALUE, SHAPE.V_PARTS, SHAPE.PRECISION
+        )
+        if SHAPE.WITH_SCORES:
+            block_score, carry = _block_scores(
+                score, p, peak, carry, SHAPE.KEYS, SHAPE.BLOCK_STRIDES, SHAPE.WINDOW // SHAPE.STRIDE
             )
-            if REACH > 0:
+            block = step * (SHAPE.KEYS // SHAPE.BLOCK_STRIDES) + tl.arange(0, SHAPE.KEYS // SHAPE.BLOCK_STRIDES)
+            at = ((row * SHAPE.H + head) * SHAPE.R + local)[:, None] * SHAPE.BLOCKS + block[None, :]
+            tl.store(
+                scores + at,
+                block_score,
+                mask=inside[:, None] & (block < tl.where(step < first, 0, SHAPE.BLOCKS))[None, :],
+            )
+            if SHAPE.REACH > 0:
                 peak = tl.where(step < first, float("-inf"), peak)
-    base = ((row * H + head) * SPLITS + split) * R + nth * ROWS
+    base = ((row * SHAPE.H + head) * SHAPE.SPLITS + split) * SHAPE.R + nth * SHAPE.ROWS
     store_statistics(peaks, totals, base, inside, peak, total)
-    if WITH_VALUE:
-        written = local < tl.where(first < last, R, 0)
-        store_rows(sums + base * V, tl.arange(0, ROWS) * V, output, written, V, V_PARTS)
+    if SHAPE.WITH_VALUE:
+        written = local < tl.where(first < last, SHAPE.R, 0)
+        store_rows(sums + base * SHAPE.V, tl.arange(0, SHAPE.ROWS) * SHAPE.V, output, written, SHAPE.V, SHAPE.V_PARTS)

@@ -187,24 +187,36 @@ def _run(step: _Step, pool: _Pool, rows: _Rows) -> Array:
     blocks = -(-capacity // config.block_size)
     S = min(config.max_block_count, blocks)
     scored = -(-blocks // 16) * 16  # rows of scores that wide loads can read
-    shape = {
-        "QUERIES": Tq, "CAPACITY": capacity, "H": H, "G": N // H, "K": K, "V": V, "K_PARTS": tiling.parts(K),
-        "V_PARTS": tiling.parts(V), "PRECISION": device.dot_precision(), "FACTOR": config.scale * _LOG2E,
-        "POOL": pool.key.shape[0], "WITH_LENGTH": rows.length is not None,
-    }  # fmt: skip
+    step_sizes = {
+        "QUERIES": Tq,
+        "CAPACITY": capacity,
+        "WITH_LENGTH": rows.length is not None,
+        "H": H,
+        "G": N // H,
+    }
+    key_sizes = {
+        **step_sizes,
+        "K": K,
+        "V": V,
+        "K_PARTS": tiling.parts(K),
+        "V_PARTS": tiling.parts(V),
+        "PRECISION": device.dot_precision(),
+        "FACTOR": config.scale * _LOG2E,
+        "POOL": pool.key.shape[0],
+    }
     selection = {"COUNTED": step.counted, "S": S, "BLOCK_SIZE": config.block_size}
     compressed, near, taint = None, None, None
     if needs_windows(config, gates):
-        compressed, scores = _compressed(step, pool, rows, shape, scored, page)
+        compressed, scores = _compressed(step, pool, rows, key_sizes, scored, page)
     if selects(config, gates):
-        block_indices, taint = _select(step, rows, shape, selection, compressed, scores)
+        block_indices, taint = _select(step, rows, step_sizes, selection, compressed, scores)
     else:
         block_indices = rows.query
     if gates.selected is not None or gates.sliding is not None:
-        near, splits = _near(step, pool, rows, shape, selection, block_indices, page)
+        near, splits = _near(step, pool, rows, key_sizes, selection, block_indices, page)
     else:
         splits = 0, 0
-    return _combine(rows, V, H, compressed, near, splits, taint)
+    return _combine(rows, V, step_sizes, compressed, near, splits, taint)
 
 
 def _compressed(step, pool, rows, shape, blocks, page):
@@ -230,15 +242,33 @@ def _compressed(step, pool, rows, shape, blocks, page):
     none = jax.ShapeDtypeStruct((1,), _FLOAT)
     scores = jax.ShapeDtypeStruct((B, H, R, blocks), _FLOAT)
     of_blocks, *partial = launch(
-        kernels.compressed, rows.query, key, value, _or(rows.page_indices, rows.start), *_places(rows),
+        kernels.compressed,
+        rows.query,
+        key,
+        value,
+        _or(rows.page_indices, rows.start),
+        *_places(rows),
         name="decode_compressed",
         outputs=(scores if with_scores else none, *_partial((B, H, splits, R), V if with_value else 0)),
-        programs=B * splits * sizes.tiles * H, warps=sizes.warps, stages=sizes.stages,
+        programs=B * splits * sizes.tiles * H,
+        warps=sizes.warps,
+        stages=sizes.stages,
         flops=2 * B * N * Tq * windows * (K + V),
-        WINDOW=config.window, STRIDE=config.stride, BLOCK_STRIDES=strides, BLOCKS=blocks, SPLITS=splits,
-        ROWS=sizes.rows, KEYS=sizes.keys, TILES=sizes.tiles, WITH_SCORES=with_scores, WITH_VALUE=with_value,
-        PAGE=page // config.stride, **shape,
-    )  # fmt: skip
+        SHAPE=kernels.CompressedShape(
+            WINDOW=config.window,
+            STRIDE=config.stride,
+            BLOCK_STRIDES=strides,
+            BLOCKS=blocks,
+            SPLITS=splits,
+            ROWS=sizes.rows,
+            KEYS=sizes.keys,
+            TILES=sizes.tiles,
+            WITH_SCORES=with_scores,
+            WITH_VALUE=with_value,
+            PAGE=page // config.stride,
+            **shape,
+        ),
+    )
     return _Partial(*partial), of_blocks
 
 
@@ -259,18 +289,36 @@ def _select(step, rows, shape, selection, compressed, scores):
     chunk = min(_RANKED, max(16, tiling.power_of_two(blocks)))
     lanes, entries = min(_LANES, max(1, chunk // _LANE)), tiling.power_of_two(selection["S"])
     return launch(
-        kernels.select, _or(rows.block_counts, rows.start), *_places(rows), scores, compressed.peaks,
-        compressed.totals, name="decode_select_blocks",
+        kernels.select,
+        _or(rows.block_counts, rows.start),
+        *_places(rows),
+        scores,
+        compressed.peaks,
+        compressed.totals,
+        name="decode_select_blocks",
         outputs=(
-            jax.ShapeDtypeStruct((B, H, Tq, selection["S"]), jnp.int32), jax.ShapeDtypeStruct((B, H, Tq), _FLOAT),
+            jax.ShapeDtypeStruct((B, H, Tq, selection["S"]), jnp.int32),
+            jax.ShapeDtypeStruct((B, H, Tq), _FLOAT),
         ),
-        programs=B * Tq * H, warps=lanes, stages=1, flops=B * Tq * N * blocks,
-        QUERIES=Tq, CAPACITY=shape["CAPACITY"], WITH_LENGTH=shape["WITH_LENGTH"], H=H, G=G,
-        INIT=min(config.num_init_blocks, blocks), LOCAL=min(max(config.num_local_blocks, 1), blocks),
-        BLOCKS=scores.shape[3], SPLITS=splits,
-        SPLITS_PADDED=tiling.power_of_two(splits), HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)),
-        LANES=lanes, WIDTH=chunk // lanes, ENTRIES=entries, PAIRWISE=lanes * entries**2 <= 32 * _COMPARED, **selection,
-    )  # fmt: skip
+        programs=B * Tq * H,
+        warps=lanes,
+        stages=1,
+        flops=B * Tq * N * blocks,
+        SHAPE=kernels.SelectShape(
+            INIT=min(config.num_init_blocks, blocks),
+            LOCAL=min(max(config.num_local_blocks, 1), blocks),
+            BLOCKS=scores.shape[3],
+            SPLITS=splits,
+            SPLITS_PADDED=tiling.power_of_two(splits),
+            HEADS=min(tiling.power_of_two(G), max(1, _SCORES // chunk)),
+            LANES=lanes,
+            WIDTH=chunk // lanes,
+            ENTRIES=entries,
+            PAIRWISE=lanes * entries**2 <= 32 * _COMPARED,
+            **selection,
+            **shape,
+        ),
+    )
 
 
 def _near(step, pool, rows, shape, selection, block_indices, page):
@@ -293,21 +341,40 @@ def _near(step, pool, rows, shape, selection, block_indices, page):
     each = max(2, -(-sum(tiles) // max(1, round(_programs(capability) / max(others, 1)))))
     splits = tuple(min(_MOST_SPLITS, -(-count // each)) for count in tiles)
     partial = launch(
-        kernels.near, rows.query, pool.key, pool.value, _or(rows.page_indices, rows.start), *_places(rows),
-        _or(rows.block_counts, rows.start), block_indices, name="decode_near",
+        kernels.near,
+        rows.query,
+        pool.key,
+        pool.value,
+        _or(rows.page_indices, rows.start),
+        *_places(rows),
+        _or(rows.block_counts, rows.start),
+        block_indices,
+        name="decode_near",
         outputs=_partial((B, H, Tq, sum(splits), G), V),
-        programs=others * sum(splits), warps=sizes.warps, stages=sizes.stages,
+        programs=others * sum(splits),
+        warps=sizes.warps,
+        stages=sizes.stages,
         flops=2 * B * N * Tq * sum(tiles) * keys * (K + V),
-        WINDOW=window, ALL=config.selects_all, SELECTED_SPLITS=splits[0], SLIDING_SPLITS=splits[1],
-        ROWS=sizes.rows, KEYS=keys, TILES=sizes.tiles, PAGE=page, **selection, **shape,
-    )  # fmt: skip
+        SHAPE=kernels.NearShape(
+            WINDOW=window,
+            ALL=config.selects_all,
+            SELECTED_SPLITS=splits[0],
+            SLIDING_SPLITS=splits[1],
+            ROWS=sizes.rows,
+            KEYS=keys,
+            TILES=sizes.tiles,
+            PAGE=page,
+            **selection,
+            **shape,
+        ),
+    )
     return _Partial(*partial), splits
 
 
 _NUMBERS = 64  # of partial results that a thread holds, about
 
 
-def _combine(rows, V, H, compressed, near, splits, taint):
+def _combine(rows, V, shape, compressed, near, splits, taint):
     """The output [B, Tq, N, V]."""
     from nsa_jax.kernels.decode import combine as kernels
 
@@ -318,15 +385,27 @@ def _combine(rows, V, H, compressed, near, splits, taint):
     columns = tiling.power_of_two(V)
     names = "COMPRESSED", "SELECTED", "SLIDING"
     (output,) = launch(
-        kernels.combine, *_places(rows), *(_or(gate, rows.start) for gate in rows.gates), *(compressed or nothing),
-        *(near or nothing), _or(taint, rows.start),
-        name="decode_combine", outputs=(jax.ShapeDtypeStruct((B, Tq, N, V), rows.query.dtype),),
-        programs=B * Tq * N, warps=min(8, tiling.power_of_two(-(-sum(padded) * columns // (32 * _NUMBERS)))), stages=1,
+        kernels.combine,
+        *_places(rows),
+        *(_or(gate, rows.start) for gate in rows.gates),
+        *(compressed or nothing),
+        *(near or nothing),
+        _or(taint, rows.start),
+        name="decode_combine",
+        outputs=(jax.ShapeDtypeStruct((B, Tq, N, V), rows.query.dtype),),
+        programs=B * Tq * N,
+        warps=min(8, tiling.power_of_two(-(-sum(padded) * columns // (32 * _NUMBERS)))),
+        stages=1,
         flops=2 * B * Tq * N * V * sum(splits),
-        QUERIES=Tq, WITH_LENGTH=rows.length is not None, H=H, G=N // H, V=V, COLUMNS=columns, TAINTED=taint is not None,
-        **{f"{name}_SPLITS": count for name, count in zip(names, splits, strict=True)},
-        **{f"{name}_PADDED": count for name, count in zip(names, padded, strict=True)},
-    )  # fmt: skip
+        SHAPE=kernels.CombineShape(
+            V=V,
+            COLUMNS=columns,
+            TAINTED=taint is not None,
+            **{f"{name}_SPLITS": count for name, count in zip(names, splits, strict=True)},
+            **{f"{name}_PADDED": count for name, count in zip(names, padded, strict=True)},
+            **shape,
+        ),
+    )
     return output
 
 
