@@ -56,9 +56,12 @@ def blocks_of(arm: str, seen: list[Array] | None = None) -> Iterator[None]:
         seen.append(blocks)
         return blocks
 
-    def attend_instead(query, key, value, *, compressed_key, compressed_value, **options):
+    def attend_instead(query, key, value, *, compressed_key=None, compressed_value=None, **options):
         common = {name: options[name] for name in ("segment_ids", "implementation")}
         sizes = {name: options[f"compression_{name}"] or options["block_size"] for name in ("window", "stride")}
+        if compressed_key is None:  # the means, which the op would make
+            means = functools.partial(nsa_jax.compress, **sizes, segment_ids=options["segment_ids"])
+            compressed_key, compressed_value = means(key), means(value)
         _, lse = nsa_jax.compressed_attention(
             query, compressed_key, compressed_value, **sizes, **common, return_residual=True
         )
